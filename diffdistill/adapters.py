@@ -1,0 +1,108 @@
+"""LoRA adapters of one network, any of which can be the active one during a call.
+
+The only module that imports peft. Roles that are adapters of one frozen base share its memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from diffdistill.errors import UserError
+
+
+def tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
+    """Return the layers of ``network`` that carry adapters."""
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def add_lora(
+    network: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> int:
+    """Add a float32 LoRA adapter to ``network`` in place; return how many layers it reaches.
+
+    A is Gaussian and B is zero, so the adapted network equals the base at first.
+
+    Args:
+        network: The base, whose own parameters are frozen.
+        name: The adapter's name.
+        rank: Rank of the update.
+        alpha: The update is scaled with ``alpha / rank``.
+        targets: Suffixes of module names; each must match at least one module.
+        dropout: Dropout of the adapter's input, in [0, 1).
+        seed: Seed of the initialization.
+
+    Raises:
+        UserError: If a target matches no linear layer.
+    """
+    linear = [n.removesuffix(".base_layer") for n, m in network.named_modules() if _is_linear(m)]
+    for target in targets:
+        if not any(f".{module}".endswith(f".{target}") for module in linear):
+            known = ", ".join(sorted({_suffix(module) for module in linear}))
+            raise UserError(f"LoRA target {target!r} matches no layer; suffixes here: {known}")
+    network.requires_grad_(False)
+    trained = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert not trained
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, network, adapter_name=name)
+    parameters = adapter_parameters(network, name)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    return len(parameters) // 2
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer)
+
+
+def _suffix(module: str) -> str:
+    """Return the last names of a module path, without block numbers."""
+    parts = module.split(".")
+    while parts and parts[0] != "" and any(part.isdigit() for part in parts[:-1]):
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one adapter, under names without the adapter's own."""
+    part = f".{name}."
+    return {
+        key.replace(part, "."): parameter
+        for key, parameter in network.named_parameters()
+        if part in key and ".lora_" in key
+    }
+
+
+@contextmanager
+def active(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+    """Let ``name`` be the active adapter of ``layers`` within the block; None turns all off.
+
+    peft's own ``set_adapter`` also flips ``requires_grad``, which would take a role's
+    gradient away while its graph waits to be back-propagated.
+    """
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [] if name is None else [name]
+    try:
+        yield
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer._active_adapter = previous

@@ -1,0 +1,32 @@
+"""A distillation method: which losses a batch gives rise to."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from diffdistill.types import Batch, Loss, Progress
+
+
+class Method(ABC):
+    """A recipe for turning a batch into losses.
+
+    A subclass is a keyword-only dataclass. Fields without a default are its parts (``family``,
+    ``draws``, and the roles); fields with a default are its hyper-parameters, and a config
+    file may set those and nothing else.
+
+    Attributes:
+        roles: The settings of each role where a config file says nothing (see ``roles``).
+    """
+
+    roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abstractmethod
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
+        """Yield each loss in turn. The trainer back-propagates one before asking for the next."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep besides weights, as JSON values."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state`` returned."""

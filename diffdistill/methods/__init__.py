@@ -1,0 +1,1 @@
+"""Image, video and diffusion-language methods: one file per paper."""

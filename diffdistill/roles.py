@@ -1,0 +1,347 @@
+"""The parts that models play: which weights, and which of them are trained.
+
+A role is a network, an adapter of it (or none) and the family that knows how to call it.
+Methods see only the call; whether roles share one base is decided here, from the config.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
+from diffdistill.errors import UserError
+from diffdistill.types import Condition, State
+
+
+@dataclass(kw_only=True)
+class RoleSettings:
+    """Where the weights of a role come from.
+
+    Attributes:
+        weights: ``trained`` has its own optimizer; ``ema`` averages the role named in ``of``;
+            ``frozen`` never changes; ``live`` is the role named in ``of`` itself, without
+            gradient.
+        of: The role that ``ema`` and ``live`` follow.
+        path: A transformer folder to load instead of the family's own.
+        adapter: ``lora`` trains an adapter of the frozen base, ``none`` the whole network.
+        rank: Rank of the adapter.
+        alpha: The adapter's update is scaled with ``alpha / rank``.
+        dropout: Dropout of the adapter's input.
+        targets: Suffixes of module names to adapt; None takes the family's list.
+        decay: Decay of the ``ema`` for each update of the role it follows.
+        lr: Learning rate, where it differs from ``train.lr``.
+        head: Add a classifier head on the features, for adversarial terms.
+    """
+
+    weights: Literal["trained", "ema", "frozen", "live"] = "trained"
+    of: str = "student"
+    path: str | None = None
+    adapter: Literal["lora", "none"] = "none"
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+    decay: float = 0.9999
+    lr: float | None = None
+    head: bool = False
+
+
+class Caller(Protocol):
+    """What a role needs of its family."""
+
+    adapter_targets: tuple[str, ...]
+
+    def network(self, path: str | None = None) -> nn.Module:
+        """Return a freshly loaded network, of the family's checkpoint or of another."""
+        ...
+
+    def predict(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
+        """Return the canonical prediction of ``network``."""
+        ...
+
+    def features(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
+        """Return features ``[B, N, D]`` of the state's tokens from the middle of ``network``."""
+        ...
+
+
+class Head(nn.Module):
+    """A logit per sample from token features: normalize, mix, average. The form is ours."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits ``[B]`` of features ``[B, N, D]``."""
+        return self.layers(features).mean(dim=(1, 2))
+
+
+@dataclass(eq=False)
+class Role:
+    """One model of a method: callable as ``role(state, condition)``.
+
+    Attributes:
+        name: Its name in the config.
+        settings: Where its weights come from.
+        family: Calls the network.
+        network: May be shared with other roles.
+        adapter: The adapter that is active in its calls; None for the bare network.
+        autocast: Matrix multiplications run in this type; None for the weights' own.
+    """
+
+    name: str
+    settings: RoleSettings
+    family: Caller
+    network: nn.Module
+    adapter: str | None = None
+    head: Head | None = None
+    autocast: torch.dtype | None = None
+
+    def __call__(self, state: State, condition: Condition) -> Tensor:
+        """Return the prediction at ``state``, float32."""
+        with self._acting(state.x.device):
+            return self.family.predict(self.network, state, condition).float()
+
+    def discriminate(self, state: State, condition: Condition) -> Tensor:
+        """Return one logit per sample, ``[B]``, from the head on this role's features."""
+        assert self.head is not None, f"role {self.name} has no head"
+        with self._acting(state.x.device):
+            return self.head(self.family.features(self.network, state, condition)).float()
+
+    @property
+    def trained(self) -> bool:
+        """Return whether the role has an optimizer of its own."""
+        return self.settings.weights == "trained"
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are this role's alone, by name.
+
+        Roles with the same kind of weights have the same names, so that one can be copied to,
+        or averaged into, another.
+        """
+        if self.settings.weights == "live":
+            return {}
+        if self.adapter is not None:
+            own = adapter_parameters(self.network, self.adapter)
+        elif self.settings.weights == "frozen":
+            own = {}
+        else:
+            own = dict(self.network.named_parameters())
+        if self.head is not None:
+            own |= {f"head.{name}": p for name, p in self.head.named_parameters()}
+        return own
+
+    @contextmanager
+    def _acting(self, device: torch.device) -> Iterator[None]:
+        layers = _layers_of(self.network)
+        enabled = self.autocast is not None
+        with (
+            active(layers, self.adapter),
+            torch.autocast(device.type, dtype=self.autocast, enabled=enabled),
+        ):
+            yield
+
+
+def _layers_of(network: nn.Module) -> list[Any]:
+    """Return the adapter layers of ``network``, found once."""
+    layers = network.__dict__.get("_diffdistill_layers")
+    if layers is None:
+        layers = tuner_layers(network)
+        network.__dict__["_diffdistill_layers"] = layers
+    return layers
+
+
+def enable_checkpointing(network: nn.Module) -> None:
+    """Recompute the blocks of ``network`` in the backward pass, under the adapter of the forward.
+
+    Another role may be active on the same base by the time of the backward pass, so the
+    adapter is remembered and put back for the recomputation.
+
+    Raises:
+        UserError: If the network cannot recompute its blocks.
+    """
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise UserError(f"{type(network).__name__} has no gradient checkpointing")
+
+    def run(block: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = _layers_of(network)
+        name = layers[0]._active_adapter[0] if layers and layers[0]._active_adapter else None
+
+        def block_as_called(*args: Any, **kwargs: Any) -> Any:
+            with active(layers, name):
+                return block(*args, **kwargs)
+
+        return checkpoint(block_as_called, *args, use_reentrant=False, **kwargs)
+
+    network.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+@dataclass
+class Roles:
+    """All roles of a run, by name, and the networks behind them."""
+
+    by_name: dict[str, Role] = field(default_factory=dict)
+    matched: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Role:
+        return self.by_name[name]
+
+    def trained(self) -> list[Role]:
+        """Return the roles that have an optimizer."""
+        return [role for role in self.by_name.values() if role.trained]
+
+    def networks(self) -> list[nn.Module]:
+        """Return the distinct networks."""
+        return list({id(r.network): r.network for r in self.by_name.values()}.values())
+
+    def modules(self) -> list[nn.Module]:
+        """Return the distinct networks and the heads."""
+        heads = [role.head for role in self.by_name.values() if role.head is not None]
+        return self.networks() + heads
+
+    @torch.no_grad()
+    def average(self, updated: str) -> None:
+        """Move every average of the role ``updated`` a step towards it."""
+        for role in self.by_name.values():
+            if role.settings.weights == "ema" and role.settings.of == updated:
+                source = self[updated].parameters()
+                for name, parameter in role.parameters().items():
+                    parameter.lerp_(source[name].to(parameter.dtype), 1.0 - role.settings.decay)
+
+
+def build_roles(
+    settings: Mapping[str, RoleSettings], family: Caller, *, seed: int = 0
+) -> Roles:
+    """Return the roles, sharing one base network wherever their settings allow it.
+
+    Adapter roles and frozen roles without a ``path`` share the base; a fully trained role gets
+    a network of its own.
+
+    Raises:
+        UserError: If a role follows one that is not there or not trained.
+    """
+    _check(settings)
+    roles = Roles()
+    networks = _Networks(family, settings)
+    ordered = sorted(settings.items(), key=lambda item: item[1].weights in ("ema", "live"))
+    for name, chosen in ordered:
+        if chosen.weights == "live":
+            source = roles[chosen.of]
+            roles.by_name[name] = Role(name, chosen, family, source.network, source.adapter)
+        elif chosen.weights == "ema":
+            roles.by_name[name] = _averaged(name, chosen, family, roles[chosen.of])
+        else:
+            roles.by_name[name] = _loaded(name, chosen, family, networks, roles, seed)
+    for role in roles.by_name.values():
+        for parameter in role.parameters().values():
+            parameter.requires_grad_(role.trained)
+    return roles
+
+
+class _Networks:
+    """Loads each checkpoint once, and hands out copies to roles that change theirs."""
+
+    def __init__(self, family: Caller, settings: Mapping[str, RoleSettings]) -> None:
+        self.family = family
+        self.loaded: dict[str | None, nn.Module] = {}
+        self.kept = {s.path for s in settings.values() if _keeps_base(s)}
+
+    def shared(self, path: str | None) -> nn.Module:
+        if path not in self.loaded:
+            self.loaded[path] = self.family.network(path).requires_grad_(False)
+        return self.loaded[path]
+
+    def own(self, path: str | None) -> nn.Module:
+        network = self.shared(path)
+        if path in self.kept:
+            return copy.deepcopy(network)
+        self.kept.add(path)
+        return network
+
+
+def _keeps_base(settings: RoleSettings) -> bool:
+    return settings.weights == "frozen" or (
+        settings.weights == "trained" and settings.adapter == "lora"
+    )
+
+
+def _loaded(
+    name: str,
+    chosen: RoleSettings,
+    family: Caller,
+    networks: _Networks,
+    roles: Roles,
+    seed: int,
+) -> Role:
+    if chosen.weights == "frozen":
+        return Role(name, chosen, family, networks.shared(chosen.path))
+    head = _new_head(networks.shared(chosen.path), seed) if chosen.head else None
+    if chosen.adapter == "none":
+        network = networks.own(chosen.path).float()
+        return Role(name, chosen, family, network, head=head)
+    network = networks.shared(chosen.path)
+    roles.matched[name] = _add_lora(network, name, chosen, family, seed)
+    return Role(name, chosen, family, network, adapter=name, head=head)
+
+
+def _averaged(name: str, chosen: RoleSettings, family: Caller, source: Role) -> Role:
+    if source.adapter is None:
+        network = copy.deepcopy(source.network)
+        return Role(name, chosen, family, network)
+    _add_lora(source.network, name, source.settings, family, seed=0)
+    role = Role(name, chosen, family, source.network, adapter=name)
+    copy_parameters(source, role)
+    return role
+
+
+def _add_lora(
+    network: nn.Module, name: str, chosen: RoleSettings, family: Caller, seed: int
+) -> int:
+    network.__dict__.pop("_diffdistill_layers", None)
+    targets = chosen.targets if chosen.targets is not None else family.adapter_targets
+    return add_lora(
+        network,
+        name,
+        rank=chosen.rank,
+        alpha=chosen.alpha,
+        dropout=chosen.dropout,
+        targets=targets,
+        seed=seed,
+    )
+
+
+def _new_head(network: nn.Module, seed: int) -> Head:
+    width = getattr(network, "inner_dim", None) or network.config.dim  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Head(int(width))
+    return head.to(next(network.parameters()).device)
+
+
+@torch.no_grad()
+def copy_parameters(source: Role, target: Role) -> None:
+    """Set the weights of ``target`` to those of ``source``."""
+    values = source.parameters()
+    for name, parameter in target.parameters().items():
+        parameter.copy_(values[name])
+
+
+def _check(settings: Mapping[str, RoleSettings]) -> None:
+    for name, chosen in settings.items():
+        if chosen.weights not in ("ema", "live"):
+            continue
+        followed = settings.get(chosen.of)
+        if followed is None or followed.weights != "trained":
+            trained = [n for n, s in settings.items() if s.weights == "trained"]
+            raise UserError(
+                f"roles.{name}: weights {chosen.weights!r} of {chosen.of!r}, which is not a "
+                f"trained role; trained here: {', '.join(trained) or 'none'}"
+            )

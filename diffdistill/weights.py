@@ -1,0 +1,18 @@
+"""Detached factors that scale a loss map."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+VelocityWeight = Literal["uniform", "sigma2"]
+
+
+def velocity_weight(t: Tensor, kind: VelocityWeight) -> Tensor:
+    """Return the factor ``[B]`` of a velocity error at noise level ``t`` ``[B]``.
+
+    ``uniform`` is 1 (eq. 7 of D-OPSD, arXiv:2605.05204). ``sigma2`` is t squared: since both
+    sides share the state, it equals the error of the clean predictions, which the authors'
+    released scripts optimize.
+    """
+    return torch.ones_like(t) if kind == "uniform" else t.square()

@@ -1,0 +1,1 @@
+"""Model families: the only code that knows diffusers, transformers or a tokenizer."""

@@ -1,0 +1,130 @@
+"""What every latent flow-matching family shares: time, noise and the sampling walk."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.protocols import Model
+from diffdistill.readouts import clean_of
+from diffdistill.types import Batch, Condition, Example, State
+
+
+class FlowFamily(ABC):
+    """A family on the straight path ``x_t = (1 - t) data + t noise``.
+
+    Subclasses are dataclasses: fields without a default are given by the program (``path``,
+    ``device``), fields with a default are the options a config may set.
+
+    Attributes:
+        adapter_targets: Suffixes of the modules that LoRA adapts.
+        views: Names of the privileged views the family has, for exposure 1.
+    """
+
+    adapter_targets: ClassVar[tuple[str, ...]]
+    views: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def network(self, path: str | None = None) -> nn.Module:
+        """Return a freshly loaded transformer, of this family's checkpoint or of ``path``."""
+
+    @abstractmethod
+    def predict(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
+        """Return the velocity ``noise - data`` of ``network``, ``[B, C, H, W]``."""
+
+    @abstractmethod
+    def features(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
+        """Return features ``[B, N, D]`` of the image tokens from the middle of ``network``."""
+
+    @abstractmethod
+    def encode(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """Return, for each example, all tensors that training needs of it (cacheable).
+
+        ``latents`` ``[C, H, W]`` is always among them: zeros of the right shape for an example
+        that has a ``size`` instead of an image.
+        """
+
+    @abstractmethod
+    def collate(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Return a batch on the device, of what ``encode`` returned for its examples."""
+
+    @abstractmethod
+    def condition(
+        self, batch: Batch, *, exposure: float = 0.0, negative: bool = False
+    ) -> Condition:
+        """Return what a model is told about ``batch`` (see ``protocols.Family``)."""
+
+    @abstractmethod
+    def grid(self, num_steps: int, shape: Sequence[int]) -> Tensor:
+        """Return the noise levels ``[num_steps + 1]`` for latents of ``shape``, from 1 to 0."""
+
+    @abstractmethod
+    def decode(self, sample: Tensor) -> Tensor:
+        """Return pixels ``[B, 3, H, W]`` in [0, 1] for latents."""
+
+    def release(self) -> None:  # noqa: B027 - a family without encoders has nothing to release
+        """Take encoders and decoder off the device until they are needed again."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return what identifies the encoders and their options, for cache keys."""
+
+    def clean(self, batch: Batch) -> Tensor:
+        """Return the data of ``batch`` as float32 latents ``[B, C, H, W]``."""
+        latents: Tensor = batch["latents"]
+        return latents.float()
+
+    def latent_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of one sample's latents, ``(C, H, W)``."""
+        return tuple(batch["latents"].shape[1:])
+
+    def noise(self, clean: Tensor, t: Tensor, noise: Tensor) -> State:
+        """Return the state at noise level ``t`` ``[B]`` between ``clean`` and ``noise``."""
+        share = t.reshape(-1, *(1 for _ in range(clean.ndim - 1)))
+        return State((1.0 - share) * clean + share * noise, t)
+
+    def walk(
+        self,
+        student: Model,
+        condition: Condition,
+        noise: Tensor,
+        *,
+        num_steps: int,
+        renoise: Callable[[int], Tensor] | None = None,
+    ) -> Iterator[tuple[State, Tensor]]:
+        """Yield each state of the student's sampling with its prediction (see ``protocols``)."""
+        grid = self.grid(num_steps, noise.shape[1:]).tolist()
+        x = noise
+        for index in range(num_steps):
+            t = torch.full((len(x),), grid[index], device=x.device)
+            state = State(x, t)
+            velocity = student(state, condition)
+            yield state, velocity
+            with torch.no_grad():
+                x = self._advance(state, velocity, grid, index, renoise)
+
+    def _advance(
+        self,
+        state: State,
+        velocity: Tensor,
+        grid: Sequence[float],
+        index: int,
+        renoise: Callable[[int], Tensor] | None,
+    ) -> Tensor:
+        now, after = grid[index], grid[index + 1]
+        if renoise is None:
+            return state.x + (after - now) * velocity.detach()
+        clean = clean_of(state, velocity.detach())
+        return (1.0 - after) * clean + after * renoise(index)
+
+    @torch.no_grad()
+    def sample(
+        self, student: Model, condition: Condition, noise: Tensor, *, num_steps: int
+    ) -> Tensor:
+        """Return clean latents ``[B, C, H, W]``, sampled as the family's pipeline does."""
+        state, velocity = State(noise, noise.new_zeros(len(noise))), noise
+        for state, velocity in self.walk(student, condition, noise, num_steps=num_steps):
+            pass
+        return clean_of(state, velocity)
