@@ -3,6 +3,8 @@
 The only module that imports peft. Roles that are adapters of one frozen base share its memory.
 """
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -50,17 +52,18 @@ def add_lora(
         if not any(f".{module}".endswith(f".{target}") for module in linear):
             known = ", ".join(sorted({_suffix(module) for module in linear}))
             raise UserError(f"LoRA target {target!r} matches no layer; suffixes here: {known}")
+    matched = [n for n in linear if any(f".{n}".endswith(f".{t}") for t in targets)]
     network.requires_grad_(False)
-    trained = {n for n, p in network.named_parameters() if p.requires_grad}
-    assert not trained
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=list(targets),
+        # Whole names: a suffix may also end the name of a container, which peft refuses.
+        target_modules="|".join(re.escape(name) for name in matched),
         init_lora_weights="gaussian",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
         torch.manual_seed(seed)
         inject_adapter_in_model(config, network, adapter_name=name)
     parameters = adapter_parameters(network, name)

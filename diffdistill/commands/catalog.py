@@ -1,0 +1,73 @@
+"""``diffdistill list`` and ``diffdistill schema``."""
+
+import json
+from inspect import getdoc
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from diffdistill import catalog
+from diffdistill.config import SECTIONS, attribute_notes, bundled_configs, options_model
+from diffdistill.errors import UserError
+from diffdistill.roles import RoleSettings
+
+KINDS = {"methods": "method", "families": "family", "rewards": "reward"}
+
+
+def listing(kind: str | None = None) -> str:
+    """Return names with their one-line descriptions, of one kind or of all.
+
+    Raises:
+        UserError: If there is no such kind.
+    """
+    kinds = [*KINDS, "configs"]
+    if kind is not None and kind not in kinds:
+        raise UserError(f"nothing to list called {kind!r}{catalog.near(kind, dict.fromkeys(kinds))}")
+    parts = []
+    for name in kinds if kind is None else [kind]:
+        lines = bundled_configs() if name == "configs" else _described(KINDS[name])
+        parts.append("\n".join([f"{name}:", *(f"  {line}" for line in lines)]))
+    return "\n".join(parts)
+
+
+def _described(kind: str) -> list[str]:
+    names = sorted(catalog.names(kind))
+    return [f"{name:14} {_first_line(catalog.load(kind, name))}" for name in names]
+
+
+def _first_line(cls: type) -> str:
+    return (getdoc(cls) or "").partition("\n")[0]
+
+
+def json_schema() -> str:
+    """Return the JSON schema of config files."""
+    properties = {name: _schema(cls) for name, cls in SECTIONS.items()}
+    properties["method"] = {"oneOf": [_named("method", n) for n in sorted(catalog.METHODS)]}
+    properties["family"] = {"oneOf": [_named("family", n) for n in sorted(catalog.FAMILIES)]}
+    properties["roles"] = {"type": "object", "additionalProperties": _schema(RoleSettings)}
+    properties["evaluate"] = {"type": "object"}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "diffdistill config",
+        "type": "object",
+        "properties": properties,
+        "required": ["family", "method", "data"],
+        "additionalProperties": False,
+    }
+    return json.dumps(schema, indent=2)
+
+
+def _schema(cls: type) -> dict[str, Any]:
+    return TypeAdapter(options_model(cls)).json_schema()
+
+
+def _named(kind: str, name: str) -> dict[str, Any]:
+    cls = catalog.load(kind, name)
+    schema = _schema(cls)
+    fixed: dict[str, Any] = {"name": {"const": name}}
+    if kind == "family":
+        path = attribute_notes(cls).get("path", "")
+        fixed["path"] = {"type": "string", "description": path}
+    schema["properties"] = fixed | schema.get("properties", {})
+    schema["required"] = sorted(fixed)
+    return schema

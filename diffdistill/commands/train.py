@@ -1,0 +1,178 @@
+"""``diffdistill train``: everything around the training loop."""
+
+import signal
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from diffdistill.checkpoints import Checkpoints
+from diffdistill.config import RunConfig
+from diffdistill.data.batches import make_batches
+from diffdistill.data.cache import EncodedDataset
+from diffdistill.data.dataset import open_dataset
+from diffdistill.data.stream import Stream
+from diffdistill.distributed import Distributed
+from diffdistill.estimates import describe
+from diffdistill.pictures import Painter
+from diffdistill.runs import check_fresh, claimed, write_versions
+from diffdistill.session import Session, build
+from diffdistill.tracking import Tracker
+from diffdistill.trainer import Trainer
+from diffdistill.types import Batch
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
+    """A signal ended the run, after a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint")
+        self.exit_code = 128 + number
+
+
+def train(config: RunConfig, output: Path, resume: str | None = None) -> None:
+    """Train ``config`` in the folder ``output``.
+
+    Args:
+        config: The checked config.
+        output: The run's folder.
+        resume: None starts a new run, ``latest`` continues from the newest whole checkpoint (or
+            starts, where there is none yet); else the name or path of a checkpoint.
+
+    Raises:
+        UserError: For anything the user can do something about.
+        Interrupted: If SIGTERM or SIGINT ended the run.
+    """
+    distributed = Distributed()
+    with claimed(output) if distributed.main else nullcontext(), _signals() as caught:
+        if resume is None and distributed.main:
+            check_fresh(output)
+        distributed.wait()
+        run = _assemble(config, output, resume, distributed)
+        with closing(run.batches):
+            _loop(run, output, distributed, caught)
+    distributed.close()
+    if caught:
+        raise Interrupted(caught[0])
+
+
+def dry_run(config: RunConfig) -> str:
+    """Build everything, run one step, and return what was found; leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, data=replace(config.data, cache=f"{folder}/cache"))
+        distributed = Distributed()
+        run = _assemble(config, Path(folder), None, distributed)
+        with closing(run.batches):
+            return describe(run.trainer)
+
+
+class Run(NamedTuple):
+    """A run that is ready to train."""
+
+    trainer: Trainer
+    batches: Generator[Batch]
+    checkpoints: Checkpoints
+    painter: Painter
+
+
+def _assemble(
+    config: RunConfig, output: Path, resume: str | None, distributed: Distributed
+) -> Run:
+    """Return the run, at its checkpoint if one is resumed."""
+    session = build(config, distributed.device)
+    encoded = _encoded(session, output, distributed)
+    painter = Painter(session, encoded, output, main=distributed.main)
+    checkpoints = Checkpoints(output, config.train.keep)
+    snapshot = None
+    if resume is not None and (resume != "latest" or checkpoints.names()):
+        snapshot, path, problems = checkpoints.load(resume)
+        for problem in problems:
+            _say(distributed, f"{problem}; falling back to {path.name}")
+    distributed.shard(session.roles.networks())
+    step = 0 if snapshot is None else snapshot.state["step"]
+    batches = _batches(session, encoded, distributed, step)
+    trainer = Trainer(session, batches, distributed)
+    if snapshot is not None:
+        trainer.load(snapshot, path)
+        _say(distributed, f"resumed from {path}")
+    return Run(trainer, batches, checkpoints, painter)
+
+
+def _encoded(session: Session, output: Path, distributed: Distributed) -> EncodedDataset:
+    data = session.config.data
+    dataset = open_dataset(data)
+    for problem in dataset.problems:
+        _say(distributed, f"skipped: {problem}")
+    folder = Path(data.cache) if data.cache else output / "cache"
+    encoded = EncodedDataset(dataset, session.family, folder)
+
+
+    def progress(done: int, total: int) -> None:
+        _say(distributed, f"encoded {done}/{total}")
+
+    with torch.no_grad():
+        encoded.prepare(distributed.rank, distributed.world, progress)
+    distributed.wait()
+    return encoded
+
+
+def _batches(
+    session: Session, encoded: EncodedDataset, distributed: Distributed, step: int
+) -> Generator[Batch]:
+    data, train = session.config.data, session.config.train
+    dataset = encoded.dataset
+    stream = Stream(dataset.groups, data.batch_size, train.seed, repeats=data.repeats)
+    order = stream.for_rank(distributed.rank, distributed.world, step * train.accumulate)
+    return make_batches(encoded, session.family, order, session.draws)
+
+
+def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -> None:
+    trainer, checkpoints = run.trainer, run.checkpoints
+    config = trainer.session.config
+    if distributed.main:
+        checkpoints.clean()
+        config.save(output / "config.yaml")
+        write_versions(output)
+    with Tracker(config, output, trainer.step, main=distributed.main) as tracker:
+
+        def after_step(step: int, metrics: dict[str, float]) -> bool:
+            tracker.scalars(step, metrics)
+            stop = distributed.any(bool(caught))
+            if stop or step % config.train.save_every == 0 or step == config.train.steps:
+                snapshot = trainer.snapshot()
+                if distributed.main:
+                    checkpoints.save(step, snapshot)
+            for name, path in run.painter.after_step(step):
+                tracker.picture(step, name, path)
+            return not stop
+
+        trainer.run(after_step)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT within the block; a second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before: dict[int, Any] = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(distributed: Distributed, text: str) -> None:
+    distributed.accelerator.print(text)

@@ -1,0 +1,318 @@
+"""Config files: strict YAML, dotted overrides, and one-line errors.
+
+Each section is checked against a plain dataclass: the keyword fields with a default of a
+family or method class, and the settings classes below. An unknown key is an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from inspect import getdoc
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    create_model,
+)
+
+from diffdistill import catalog
+from diffdistill.data.settings import DataSettings
+from diffdistill.errors import UserError
+from diffdistill.roles import RoleSettings
+from diffdistill.schedules import LearningRateSchedule
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        lr: Learning rate of every role that has none of its own.
+        optimizer: ``adamw`` is torch's; the 8-bit ones are bitsandbytes'.
+        betas: Decay rates of the optimizer's moments.
+        eps: Added to the optimizer's denominator.
+        weight_decay: Decoupled weight decay.
+        schedule: Course of the learning rate after the warm-up.
+        warmup: Steps over which the learning rate rises.
+        clip: Largest gradient norm of each role; None never clips.
+        precision: Type of matrix multiplications; trained weights are float32 in any case.
+        seed: Seed of everything random.
+        accumulate: Micro-batches of each optimizer step.
+        save_every: Steps between checkpoints; the last step is always saved.
+        keep: Number of newest checkpoints to keep; None keeps all.
+        log_every: Steps between lines on the screen (every step goes to metrics.jsonl).
+        gradient_checkpointing: Recompute blocks in the backward pass to save memory.
+        compile: Compile the networks with torch.compile.
+        ema: Decay of an average of the student, kept as the role ``average``; None keeps none.
+        max_bad_steps: Consecutive steps with a NaN or infinite loss or gradient before the run
+            stops; such steps are skipped.
+    """
+
+    steps: PositiveInt = 1000
+    lr: NonNegativeFloat = 1e-4
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: LearningRateSchedule = "constant"
+    warmup: NonNegativeInt = 0
+    clip: float | None = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    accumulate: PositiveInt = 1
+    save_every: PositiveInt = 500
+    keep: int | None = 3
+    log_every: PositiveInt = 10
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    ema: float | None = None
+    max_bad_steps: PositiveInt = 10
+
+
+@dataclass(kw_only=True)
+class SampleSettings:
+    """The pictures that are drawn during training, and the defaults of ``sample``.
+
+    Attributes:
+        every: Training steps between sample grids; None draws none.
+        prompts: What to draw; empty takes the first prompts of the data.
+        num_steps: Sampling steps.
+        num_images: Images for each prompt.
+        size: ``(H, W)`` in pixels; None takes the first bucket of the data.
+        seed: Seed of the noise.
+        rollouts: Also draw student and teacher side by side at each rollout state.
+    """
+
+    every: int | None = None
+    prompts: list[str] = field(default_factory=list)
+    num_steps: PositiveInt = 4
+    num_images: PositiveInt = 1
+    size: tuple[int, int] | None = None
+    seed: int = 0
+    rollouts: bool = True
+
+
+@dataclass(kw_only=True)
+class TrackingSettings:
+    """Where metrics go besides ``metrics.jsonl``.
+
+    Attributes:
+        tensorboard: Write TensorBoard events.
+        wandb: Name of a Weights & Biases project; None logs nothing there.
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = None
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A complete, checked run. ``family`` and ``method`` hold a name and all options."""
+
+    family: dict[str, Any]
+    method: dict[str, Any]
+    roles: dict[str, RoleSettings]
+    data: DataSettings
+    train: TrainSettings
+    sample: SampleSettings
+    tracking: TrackingSettings
+    evaluate: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain values that YAML and JSON can hold."""
+        return _plain(asdict(self))
+
+    def save(self, path: Path) -> None:
+        """Write the resolved config as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataSettings,
+    "train": TrainSettings,
+    "sample": SampleSettings,
+    "tracking": TrackingSettings,
+}
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the checked config in the file ``name``, or the bundled one of that name.
+
+    Args:
+        name: A path to a YAML file, or a bundled name such as ``d-opsd/digits``.
+        overrides: ``section.key=value`` strings, the value in YAML.
+
+    Raises:
+        UserError: For anything wrong in the file or an override.
+    """
+    path = find_config(name)
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, str(path))
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a config given by path or by bundled name."""
+    candidates = (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / name)
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = {config: None for config in bundled_configs()}
+    raise UserError(
+        f"no config file {name!r}{catalog.near(name, known)}; bundled: {catalog.listing(known)}"
+    )
+
+
+def bundled_configs() -> list[str]:
+    """Return the names of the configs that ship with the package."""
+    files = (p.relative_to(CONFIGS).with_suffix("") for p in CONFIGS.rglob("*.yaml"))
+    return sorted(p.as_posix() for p in files if p.parts[0] != "accelerate")
+
+
+def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
+    """Return the checked config of nested plain values."""
+    known = {f.name: None for f in fields(RunConfig)}
+    for key in values:
+        if key not in known:
+            hint = catalog.near(key, known)
+            raise UserError(f"{origin}: unknown section {key!r}{hint}; {catalog.listing(known)}")
+    method = _named(values, "method", origin)
+    family = _named(values, "family", origin)
+    sections = {
+        key: parse(cls, values.get(key) or {}, f"{origin}: {key}") for key, cls in SECTIONS.items()
+    }
+    roles = _roles(catalog.load("method", method["name"]), values.get("roles") or {}, origin)
+    if sections["train"].ema is not None:
+        average = {"weights": "ema", "of": "student", "decay": sections["train"].ema}
+        roles["average"] = parse(RoleSettings, average, f"{origin}: train.ema")
+    evaluate = dict(values.get("evaluate") or {})
+    return RunConfig(family=family, method=method, roles=roles, evaluate=evaluate, **sections)
+
+
+def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, RoleSettings]:
+    known = dict(method.roles)
+    for name in given:
+        if name not in known and name != "average":
+            hint = catalog.near(name, known)
+            raise UserError(f"{origin}: unknown role {name!r}{hint}; {catalog.listing(known)}")
+    return {
+        name: parse(RoleSettings, {**default, **(given.get(name) or {})}, f"{origin}: roles.{name}")
+        for name, default in known.items()
+    }
+
+
+def _named(values: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
+    """Return name and all options of the family or method section."""
+    given = values.get(kind)
+    if not isinstance(given, Mapping) or "name" not in given:
+        raise UserError(f"{origin}: the section {kind!r} needs a name")
+    cls = catalog.load(kind, given["name"])
+    fixed = {"name": given["name"]}
+    if kind == "family":
+        fixed["path"] = given.get("path", "")
+    options = {k: v for k, v in given.items() if k not in fixed}
+    checked = parse_options(cls, options, f"{origin}: {kind}")
+    return fixed | checked
+
+
+def options_model(cls: type) -> type[BaseModel]:
+    """Return a strict pydantic model of the fields with a default of a dataclass."""
+    hints = get_type_hints(cls, include_extras=True)
+    notes = attribute_notes(cls)
+    definitions: dict[str, Any] = {}
+    default: dict[str, Any]
+    for item in fields(cls):
+        if item.default is not MISSING:
+            default = {"default": item.default}
+        elif item.default_factory is not MISSING:
+            default = {"default_factory": item.default_factory}
+        else:
+            continue
+        note = notes.get(item.name)
+        definitions[item.name] = (hints[item.name], Field(description=note, **default))
+    return create_model(
+        cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **definitions
+    )
+
+
+def attribute_notes(cls: type) -> dict[str, str]:
+    """Return the description of each field from the "Attributes:" part of the docstring."""
+    _, _, part = (getdoc(cls) or "").partition("Attributes:\n")
+    pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", part, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in pairs}
+
+
+def parse_options(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return all options of ``cls`` as a dictionary, checked, with defaults filled in."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected keys and values, got {values!r}")
+    model = options_model(cls)
+    try:
+        return dict(model(**values))
+    except ValidationError as error:
+        raise UserError(_explain(error, where, model)) from None
+
+
+def parse(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """Return an instance of the settings class ``cls`` from checked values."""
+    return cls(**parse_options(cls, values, where))
+
+
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """Return the first problem of a validation error in one line."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    if problem["type"] == "extra_forbidden":
+        known = model.model_fields
+        return f"{where}.{key}: unknown key{catalog.near(key, known)}; {catalog.listing(known)}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}.{key}: {problem['msg']}, got {problem['input']!r}{more}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections of keys and values, got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override {override!r}: expected section.key=value")
+    *parents, key = dotted.removeprefix("--").split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {parent!r} is not a section")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: not valid YAML: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""Reading examples, ordering them for the whole run, and caching their encodings."""

@@ -1,0 +1,54 @@
+"""The ``data`` section of a config file."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Where examples come from, and what is done to them before encoding.
+
+    Attributes:
+        path: A folder of images with ``metadata.jsonl`` (or ``.csv``, ``.parquet``) or with a
+            ``.txt`` file beside each image; or a ``.txt`` or ``.jsonl`` file of prompts only;
+            or "bundled:NAME".
+        source: Instead of ``path``, whatever ``datasets.load_dataset`` can read: a hub id, or
+            a builder ("json", "parquet", "imagefolder", ...) together with ``files``.
+        split: The split of ``source`` to read.
+        files: The files of ``source``, or one folder.
+        image_column: The column of ``source`` with the target images. None reads prompts only.
+        prompt_column: The column with the captions, of ``source`` and of metadata files.
+        reference_column: The column with the source image or images of an editing pair; where
+            it is given, every example must have one. None takes ``reference`` from metadata
+            files that have it.
+        detailed_prompt_column: The column with longer captions. None takes ``detailed_text``
+            from metadata files that have it.
+        batch_size: Examples in a micro-batch, on each rank.
+        resolution: The area of images is at most the square of this. None crops each image to
+            its own size, rounded down to ``multiple``.
+        buckets: Whether images keep their aspect ratio (up to 1:4). False makes them square.
+        multiple: Sides of images are divisible by this.
+        repeats: How many times an epoch goes over each example.
+        prompt_dropout: The share of samples that are trained with an empty prompt.
+        on_error: Whether a bad example is an error or is skipped, counted and logged.
+        cache: The folder for the encoders' outputs. None is ``cache`` in the run's folder.
+        max_examples: Reads only the first examples.
+    """
+
+    path: str | None = None
+    source: str | None = None
+    split: str = "train"
+    files: list[str] | None = None
+    image_column: str | None = "image"
+    prompt_column: str = "text"
+    reference_column: str | None = None
+    detailed_prompt_column: str | None = None
+    batch_size: int = 1
+    resolution: int | None = 1024
+    buckets: bool = True
+    multiple: int = 32
+    repeats: int = 1
+    prompt_dropout: float = 0.0
+    on_error: Literal["error", "skip"] = "error"
+    cache: str | None = None
+    max_examples: int | None = None

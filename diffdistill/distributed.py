@@ -1,0 +1,125 @@
+"""What depends on how many processes train, on top of accelerate.
+
+Gradients are reduced by us, once per optimizer step, instead of by DistributedDataParallel:
+a method may back-propagate several losses into several roles of one network per step.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+BUCKET_BYTES = 256 * 2**20
+
+
+class Distributed:
+    """The processes of this run: one, several with copies, or several with shards (FSDP2)."""
+
+    def __init__(self) -> None:
+        self.accelerator = Accelerator()
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.main: bool = self.accelerator.is_main_process
+        self.sharded: bool = self.accelerator.is_fsdp2
+
+    @property
+    def device(self) -> torch.device:
+        """Return this process's device."""
+        return self.accelerator.device
+
+    def shard(self, networks: Sequence[nn.Module]) -> None:
+        """Shard the networks in place, where the run was launched with FSDP2."""
+        if not self.sharded:
+            return
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        for network in networks:
+            fsdp2_prepare_model(self.accelerator, network)
+
+    def synchronize_on_backward(self, network: nn.Module, enabled: bool) -> None:
+        """Say whether the next backward pass of a sharded network reduces its gradients."""
+        if self.sharded and hasattr(network, "set_requires_gradient_sync"):
+            network.set_requires_gradient_sync(enabled)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter], count: float) -> None:
+        """Turn gradients of sums into those of the mean over ``count`` things on all ranks."""
+        if self.sharded:
+            scale = self.world / count  # FSDP2 has averaged over ranks already
+        else:
+            scale = 1.0 / count
+            self._sum_over_ranks(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+
+    def _sum_over_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in bucket]), "sum")
+            parts = flat.split([g.numel() for g in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def total(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the sum of each scalar over all ranks; the keys must agree."""
+        if not values:
+            return {}
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        if self.world > 1:
+            stacked = self.accelerator.reduce(stacked, "sum")
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        self.accelerator.wait_for_everyone()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank says yes."""
+        if self.world == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.device)
+        return bool(self.accelerator.reduce(told, "sum").item() > 0)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
+    for gradient in gradients:
+        if size > BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.nbytes
+    return [bucket for bucket in buckets if bucket]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the full tensor on the CPU; every rank must ask for a sharded one."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous()
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter, sharded or not, to a full tensor."""
+    parameter.copy_(like(value, parameter))
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a full tensor laid out as ``parameter`` is, where the shapes agree."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

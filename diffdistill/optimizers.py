@@ -1,0 +1,37 @@
+"""The optimizers a config can name."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from diffdistill.config import TrainSettings
+from diffdistill.errors import MissingExtra
+
+
+def make_optimizer(
+    settings: TrainSettings, parameters: Mapping[str, nn.Parameter], lr: float
+) -> Optimizer:
+    """Return the optimizer of one role.
+
+    Raises:
+        MissingExtra: If an 8-bit optimizer is asked for and bitsandbytes is not installed.
+    """
+    options = {
+        "lr": lr,
+        "betas": tuple(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(list(parameters.values()), **options)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise MissingExtra(
+            "bitsandbytes", f"train.optimizer {settings.optimizer!r}", "quantize"
+        ) from None
+    paged = settings.optimizer == "paged-adamw8bit"
+    cls = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    return cls(list(parameters.values()), **options)

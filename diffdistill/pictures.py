@@ -1,0 +1,89 @@
+"""The pictures a run draws of itself while it trains."""
+
+from pathlib import Path
+
+import torch
+
+from diffdistill.data.cache import EncodedDataset
+from diffdistill.sampling import (
+    NUM_ROLLOUTS,
+    encode_prompts,
+    generate,
+    rollout_figure,
+    save_grid,
+)
+from diffdistill.session import Session
+from diffdistill.types import Batch
+
+NUM_PROMPTS = 8
+
+
+class Painter:
+    """Draws a sample grid, and the rollouts of student and teacher, every N steps.
+
+    Prompts are encoded once, when the painter is made, so that the encoders stay off the device.
+
+    Args:
+        session: The built run.
+        encoded: Its data, for prompts where the config has none, and for the rollouts.
+        output: The run's folder.
+        main: Whether this rank writes the files; every rank must draw.
+    """
+
+    def __init__(
+        self, session: Session, encoded: EncodedDataset, output: Path, *, main: bool
+    ) -> None:
+        self.session = session
+        self.settings = session.config.sample
+        self.encoded = encoded
+        self.folder = output / "samples"
+        self.main = main
+        if self.settings.every is not None:
+            found = list(dict.fromkeys(encoded.dataset.prompts))[:NUM_PROMPTS]
+            self.size = self.settings.size or encoded.dataset.buckets[0]
+            self.prompts = encode_prompts(session, self.settings.prompts or found, self.size)
+
+    def after_step(self, step: int) -> list[tuple[str, Path]]:
+        """Return name and file of each picture drawn after ``step``."""
+        every, total = self.settings.every, self.session.config.train.steps
+        if every is None or (step % every and step != total and step != 1):
+            return []
+        drawn = [("samples", self._samples(step))]
+        if self.settings.rollouts and "num_steps" in self.session.config.method:
+            drawn.append(("rollouts", self._rollouts(step)))
+        return drawn
+
+    def _samples(self, step: int) -> Path:
+        role = "average" if "average" in self.session.roles.by_name else "student"
+        pixels = generate(
+            self.session,
+            self.session.roles[role],
+            self.prompts,
+            num_steps=self.settings.num_steps,
+            seed=self.settings.seed,
+            size=self.size,
+            num_images=self.settings.num_images,
+        )
+        columns = max(self.settings.num_images, min(len(pixels), NUM_PROMPTS))
+        path = self.folder / f"step-{step:06d}.png"
+        if self.main:
+            save_grid(pixels, path, columns)
+        return path
+
+    def _rollouts(self, step: int) -> Path:
+        batch = self._first_examples()
+        steps = int(self.session.config.method["num_steps"])
+        grid = rollout_figure(self.session, batch, steps, self.settings.seed)
+        path = self.folder / f"rollout-{step:06d}.png"
+        if self.main:
+            save_grid(grid.pixels, path, grid.columns, grid.captions)
+        return path
+
+    def _first_examples(self) -> Batch:
+        """Return a batch of the first examples that share a size."""
+        groups = self.encoded.dataset.groups
+        alike = [i for i, group in enumerate(groups) if group == groups[0]][:NUM_ROLLOUTS]
+        batch = self.session.family.collate([self.encoded[i] for i in alike])
+        batch["ids"] = torch.tensor(alike, device=self.session.device)
+        batch["prompts"] = [self.encoded.dataset.prompts[i] for i in alike]
+        return batch

@@ -1,0 +1,103 @@
+"""Everything that a config describes, built: family, roles and method."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffdistill import catalog
+from diffdistill.bundled import bundled
+from diffdistill.config import RunConfig
+from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.method import Method
+from diffdistill.pipelines.flow import FlowFamily
+from diffdistill.roles import RoleSettings, Roles, build_roles, enable_checkpointing
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Session:
+    """The built parts of one config.
+
+    Attributes:
+        config: The checked config.
+        family: The model family, with its encoders.
+        roles: The models.
+        method: The method, wired to them.
+        draws: The random numbers of the run.
+        device: Where everything runs.
+    """
+
+    config: RunConfig
+    family: FlowFamily
+    roles: Roles
+    method: Method
+    draws: Draws
+    device: torch.device
+
+
+def default_device() -> torch.device:
+    """Return this process's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def build_family(settings: Mapping[str, Any], device: torch.device) -> FlowFamily:
+    """Return the family of a config's ``family`` section; no weights are loaded yet."""
+    options = {k: v for k, v in settings.items() if k not in ("name", "path")}
+    family = catalog.load("family", settings["name"])
+    return family(path=resolve_model(settings["path"]), device=device, **options)
+
+
+def resolve_model(path: str) -> str:
+    """Return the folder of a ``bundled:name`` model; any other path or hub id as it is."""
+    kind, colon, name = path.partition(":")
+    return str(bundled("models", name)) if kind == "bundled" and colon else path
+
+
+def build(config: RunConfig, device: torch.device | None = None) -> Session:
+    """Return the session of ``config``: loads the networks and wires the method.
+
+    Raises:
+        UserError: If a checkpoint, target or role does not fit.
+    """
+    device = device or default_device()
+    family = build_family(config.family, device)
+    draws = Draws(config.train.seed)
+    roles = build_roles(_resolved(config.roles), family, seed=config.train.seed)
+    for role in roles.by_name.values():
+        role.autocast = DTYPES[config.train.precision]
+    if config.train.gradient_checkpointing:
+        for network in roles.networks():
+            enable_checkpointing(network)
+    if config.train.compile:
+        for network in roles.networks():
+            network.compile()
+    method = _wire(config, family, roles, draws)
+    return Session(config, family, roles, method, draws, device)
+
+
+def _resolved(settings: Mapping[str, RoleSettings]) -> dict[str, RoleSettings]:
+    """Return the settings with bundled paths resolved."""
+    resolved = {}
+    for name, chosen in settings.items():
+        path = None if chosen.path is None else resolve_model(chosen.path)
+        resolved[name] = RoleSettings(**{**vars(chosen), "path": path})
+    return resolved
+
+
+def _wire(config: RunConfig, family: FlowFamily, roles: Roles, draws: Draws) -> Method:
+    cls = catalog.load("method", config.method["name"])
+    options = {k: v for k, v in config.method.items() if k != "name"}
+    played = {name: roles[name] for name in cls.roles}
+    try:
+        return cls(family=family, draws=draws, **played, **options)
+    except ValueError as error:
+        raise UserError(f"method {config.method['name']}: {error}") from error

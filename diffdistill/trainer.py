@@ -1,0 +1,212 @@
+"""The training loop: one optimizer step, many, and exact checkpoints of where it is."""
+
+import math
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from diffdistill.checkpoints import (
+    Snapshot,
+    load_optimizer,
+    load_roles,
+    optimizer_tensors,
+    role_tensors,
+)
+from diffdistill.distributed import Distributed
+from diffdistill.errors import UserError
+from diffdistill.optimizers import make_optimizer
+from diffdistill.schedules import learning_rate_factor
+from diffdistill.session import Session
+from diffdistill.types import Batch, Loss, Progress
+
+
+@dataclass
+class Sums:
+    """What the losses of one step add up to, by role: values times counts, and counts."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, loss: Loss) -> None:
+        """Add one loss and its metrics."""
+        self._add(f"loss/{loss.role}", loss.value, loss.count)
+        for name, value in loss.metrics.items():
+            self._add(f"{name}/{loss.role}", torch.as_tensor(value), loss.count)
+
+    def _add(self, name: str, value: Tensor, count: float) -> None:
+        self.values[name] = self.values.get(name, 0) + value.detach() * count
+        self.counts[name] += count
+
+    def means(self, distributed: Distributed) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the count-weighted mean of each value over all ranks, and the counts."""
+        values = distributed.total(self.values)
+        counts = distributed.total(
+            {n: torch.tensor(c, device=distributed.device) for n, c in self.counts.items()}
+        )
+        return {name: values[name] / counts[name] for name in values}, counts
+
+
+class Trainer:
+    """Steps the optimizer of every role that a step gave a loss to.
+
+    Args:
+        session: The built run.
+        batches: Endless micro-batches.
+        distributed: The processes of the run; networks are sharded before.
+    """
+
+    def __init__(
+        self, session: Session, batches: Iterator[Batch], distributed: Distributed
+    ) -> None:
+        self.session = session
+        self.settings = session.config.train
+        self.batches = batches
+        self.distributed = distributed
+        self.step = 0
+        self.bad_steps = 0
+        self.optimizers: dict[str, Optimizer] = {}
+        for role in session.roles.trained():
+            lr = self.settings.lr if role.settings.lr is None else role.settings.lr
+            self.optimizers[role.name] = make_optimizer(self.settings, role.parameters(), lr)
+        self.base_lr = {n: o.param_groups[0]["lr"] for n, o in self.optimizers.items()}
+
+    def train_step(self) -> dict[str, float]:
+        """Train on one optimizer step's micro-batches and return its metrics.
+
+        Raises:
+            UserError: After ``max_bad_steps`` consecutive steps that were not finite.
+        """
+        started = time.perf_counter()
+        progress = Progress(self.step, self.settings.steps)
+        self._seed_globals()
+        sums = Sums()
+        for micro in range(self.settings.accumulate):
+            last = micro + 1 == self.settings.accumulate
+            self._accumulate(next(self.batches), progress, sums, last=last)
+        metrics, counts = sums.means(self.distributed)
+        metrics |= self._update(progress, metrics, counts)
+        self.step += 1
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["peak_memory_gib"] = peak_memory(self.session.device) / 2**30
+        return metrics
+
+    def _accumulate(self, batch: Batch, progress: Progress, sums: Sums, *, last: bool) -> None:
+        for loss in self.session.method.losses(batch, progress):
+            network = self.session.roles[loss.role].network
+            self.distributed.synchronize_on_backward(network, last and not loss.more)
+            (loss.value * loss.count).backward()
+            sums.add(loss)
+
+    def _update(
+        self, progress: Progress, means: dict[str, float], counts: dict[str, float]
+    ) -> dict[str, float]:
+        """Reduce, clip and apply the gradients; return norms and learning rates."""
+        metrics: dict[str, float] = {}
+        roles = [name.removeprefix("loss/") for name in means if name.startswith("loss/")]
+        for name in roles:
+            parameters = list(self.session.roles[name].parameters().values())
+            self.distributed.average_gradients(parameters, counts[f"loss/{name}"])
+            metrics[f"grad_norm/{name}"] = self._clip(parameters)
+        finite = all(math.isfinite(v) for v in [*means.values(), *metrics.values()])
+        self._count_bad(finite, means | metrics)
+        for name in roles:
+            optimizer = self.optimizers[name]
+            lr = self._set_lr(name, progress)
+            if finite:
+                optimizer.step()
+                self.session.roles.average(name)
+            optimizer.zero_grad(set_to_none=True)
+            metrics[f"lr/{name}"] = lr
+        if not finite:
+            metrics["skipped"] = 1.0
+        return metrics
+
+    def _clip(self, parameters: list[Any]) -> float:
+        limit = math.inf if self.settings.clip is None else self.settings.clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _set_lr(self, name: str, progress: Progress) -> float:
+        factor = learning_rate_factor(
+            progress.step, progress.total, kind=self.settings.schedule, warmup=self.settings.warmup
+        )
+        lr = self.base_lr[name] * factor
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _count_bad(self, finite: bool, metrics: dict[str, float]) -> None:
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if self.bad_steps >= self.settings.max_bad_steps:
+            bad = ", ".join(n for n, v in metrics.items() if not math.isfinite(v))
+            raise UserError(
+                f"step {self.step + 1}: {self.bad_steps} steps in a row were not finite ({bad}); "
+                "lower train.lr, or train in fp32; the last checkpoint is from before"
+            )
+
+    def _seed_globals(self) -> None:
+        """Seed torch's global generators (dropout) by step and rank, so nothing need be saved."""
+        number = self.step * self.distributed.world + self.distributed.rank
+        torch.manual_seed(self.session.draws.generator("global", number).initial_seed())
+
+    def snapshot(self) -> Snapshot:
+        """Return everything that an exact continuation needs. Every rank must call it."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        numbers: dict[str, Any] = {}
+        for role in self.session.roles.by_name.values():
+            if own := role_tensors(role):
+                tensors[f"role-{role.name}"] = own
+        for name, optimizer in self.optimizers.items():
+            parameters = self.session.roles[name].parameters()
+            file, numbers[name] = optimizer_tensors(optimizer, parameters)
+            if file:
+                tensors[f"optimizer-{name}"] = file
+        state = {
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "optimizers": numbers,
+            "method": self.session.method.state(),
+            "world": self.distributed.world,
+        }
+        return Snapshot(tensors, state)
+
+    def load(self, snapshot: Snapshot, path: Any) -> None:
+        """Continue from a snapshot.
+
+        Raises:
+            UserError: If it is of another model.
+        """
+        load_roles(self.session, snapshot, path)
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(
+                optimizer,
+                self.session.roles[name].parameters(),
+                snapshot.tensors.get(f"optimizer-{name}", {}),
+                snapshot.state["optimizers"].get(name, {}),
+            )
+        self.session.method.load_state(snapshot.state["method"])
+        self.step = snapshot.state["step"]
+        self.bad_steps = snapshot.state["bad_steps"]
+
+    def run(self, after_step: Callable[[int, dict[str, float]], bool]) -> None:
+        """Train to the end, or until ``after_step(step, metrics)`` returns False."""
+        while self.step < self.settings.steps:
+            metrics = self.train_step()
+            if not after_step(self.step, metrics):
+                return
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes: the accelerator's, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
