@@ -47,7 +47,11 @@ def add_lora(
     Raises:
         UserError: If a target matches no linear layer.
     """
-    linear = [n.removesuffix(".base_layer") for n, m in network.named_modules() if _is_linear(m)]
+    linear = [
+        name.removesuffix(".base_layer")
+        for name, module in network.named_modules()
+        if _is_linear(module) and ".lora_" not in name  # the weights of other adapters
+    ]
     for target in targets:
         if not any(f".{module}".endswith(f".{target}") for module in linear):
             known = ", ".join(sorted({_suffix(module) for module in linear}))

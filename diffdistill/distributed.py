@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 BUCKET_BYTES = 256 * 2**20
@@ -40,8 +41,20 @@ class Distributed:
 
     def synchronize_on_backward(self, network: nn.Module, enabled: bool) -> None:
         """Say whether the next backward pass of a sharded network reduces its gradients."""
-        if self.sharded and hasattr(network, "set_requires_gradient_sync"):
+        if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(enabled)
+
+    def reshard(self, networks: Sequence[nn.Module]) -> None:
+        """Give up the full weights that the last forward passes of sharded networks left.
+
+        FSDP2 keeps a root module's weights whole after a forward pass, until a backward pass
+        that a teacher never has.
+        """
+        if self.sharded:
+            for network in networks:
+                for module in network.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], count: float) -> None:
         """Turn gradients of sums into those of the mean over ``count`` things on all ranks."""

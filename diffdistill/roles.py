@@ -231,7 +231,7 @@ def build_roles(
     _check(settings)
     roles = Roles()
     networks = _Networks(family, settings)
-    ordered = sorted(settings.items(), key=lambda item: item[1].weights in ("ema", "live"))
+    ordered = sorted(settings.items(), key=lambda item: _turn(item[1]))
     for name, chosen in ordered:
         if chosen.weights == "live":
             source = roles[chosen.of]
@@ -240,10 +240,18 @@ def build_roles(
             roles.by_name[name] = _averaged(name, chosen, family, roles[chosen.of])
         else:
             roles.by_name[name] = _loaded(name, chosen, family, networks, roles, seed)
+    roles.by_name = {name: roles[name] for name in settings}
     for role in roles.by_name.values():
         for parameter in role.parameters().values():
             parameter.requires_grad_(role.trained)
     return roles
+
+
+def _turn(settings: RoleSettings) -> int:
+    """Return when a role is built: bases are copied before adapters are put into them."""
+    if settings.weights in ("ema", "live"):
+        return 2
+    return int(settings.weights == "trained" and settings.adapter == "lora")
 
 
 class _Networks:

@@ -91,6 +91,7 @@ class Trainer:
         for micro in range(self.settings.accumulate):
             last = micro + 1 == self.settings.accumulate
             self._accumulate(next(self.batches), progress, sums, last=last)
+        self.distributed.reshard(self.session.roles.networks())
         metrics, counts = sums.means(self.distributed)
         metrics |= self._update(progress, metrics, counts)
         self.step += 1

@@ -1,12 +1,13 @@
 """The values that pass through a training step.
 
-All are named tuples of tensors, so that torch treats them as pytrees.
+States are named tuples of tensors, so that torch treats them as pytrees.
 
 Shape letters used in this package:
     B batch, C channels, F frames, H height, W width, L tokens, V vocabulary, N chunks.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -65,7 +66,8 @@ class Progress(NamedTuple):
         return self.step / max(self.total - 1, 1)
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """One scalar to back-propagate, and the role whose parameters it trains.
 
     A role descends the *count-weighted mean* of all the losses it is given in one optimizer
@@ -85,4 +87,4 @@ class Loss(NamedTuple):
     value: Tensor
     count: float = 1.0
     more: bool = False
-    metrics: Mapping[str, Tensor | float] = {}
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)

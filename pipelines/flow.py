@@ -23,6 +23,7 @@ class FlowFamily(ABC):
         views: Names of the privileged views the family has, for exposure 1.
     """
 
+    device: torch.device
     adapter_targets: ClassVar[tuple[str, ...]]
     views: ClassVar[tuple[str, ...]]
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import runpy
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def test_a_truncated_jpeg_is_named(tmp_path: Path) -> None:
     content = encoded(Image.fromarray(noise), "jpeg")
     (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "a.txt").write_text("noise")
-    with pytest.raises(UserError, match=r"a\.jpg: unreadable image: .*truncated"):
+    with pytest.raises(UserError, match=r"a\.jpg: unreadable image: [^(]*a\.jpg: .*truncated"):
         open_small(tmp_path)
 
 
@@ -242,6 +243,12 @@ def test_a_required_reference_must_be_there(tmp_path: Path) -> None:
     write_metadata(tmp_path, {"file_name": "a.png", "text": "red"})
     with pytest.raises(UserError, match=r"jsonl:1: missing reference: there is no 'source'"):
         open_small(tmp_path, reference_column="source")
+
+
+def test_a_required_detailed_caption_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a cat", "detailed_text": "not this"}')
+    with pytest.raises(UserError, match=r"jsonl:1: missing caption: there is no 'long'"):
+        open_small(tmp_path / "p.jsonl", detailed_prompt_column="long")
 
 
 def test_unused_and_small_images_are_only_logged(
@@ -425,6 +432,26 @@ def test_the_bundled_prompts_are_of_the_other_digits() -> None:
     ]  # fmt: skip
 
 
+def test_bundled_data_is_found_in_a_checkout_without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(package: str) -> None:
+        raise ModuleNotFoundError(package)
+
+    monkeypatch.setattr("diffdistill.bundled.files", fail)
+    assert (bundled("data", "digits-8-9") / "metadata.jsonl").is_file()
+
+
+def test_the_bundled_digits_are_what_the_script_makes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "make_digits_data.py"))
+    script["write_images"](tmp_path, 16)
+    bundle = bundled("data", "digits-8-9")
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == sorted(path.name for path in bundle.iterdir() if path.suffix != ".md")
+    for name in made[:-1]:
+        assert decode((tmp_path / name).read_bytes()) == decode((bundle / name).read_bytes())
+    assert (tmp_path / made[-1]).read_text() == (bundle / made[-1]).read_text()
+
+
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what ``datasets`` writes in the test's folder."""
@@ -484,6 +511,16 @@ def test_a_source_with_other_things_than_images_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="json:1: missing file: 'image' is neither") as error:
         open_dataset(DataSettings(source="json", files=["d.json"]), tmp_path)
     assert "json:2: missing file: 0 images in 'image'" in str(error.value)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_damaged_image_of_a_source_is_named_by_row_and_column(tmp_path: Path) -> None:
+    features = datasets.Features(image=datasets.Image(decode=False), text=datasets.Value("string"))
+    rows = {"image": [{"bytes": b"not an image", "path": None}], "text": ["one"]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    settings = DataSettings(source="parquet", files=["d.parquet"])
+    with pytest.raises(UserError, match="parquet:1: unreadable image: image: cannot identify"):
+        open_dataset(settings, tmp_path)
 
 
 @pytest.mark.usefixtures("hub_cache")

@@ -11,7 +11,7 @@ from diffdistill.data.records import (
     Record,
     caption,
     collect,
-    optional_caption,
+    detailed_caption,
 )
 from diffdistill.data.settings import DataSettings
 from diffdistill.data.tables import READERS, Row, read_lines, read_table
@@ -70,12 +70,11 @@ def _record(folder: Path, row: Row, settings: DataSettings) -> Record:
     name = row.values.get("file_name")
     if not isinstance(name, str) or not name:
         raise Bad("missing file", row.origin, "there is no 'file_name'")
-    detailed = settings.detailed_prompt_column or "detailed_text"
     return Record(
         prompt=caption(row.values, settings.prompt_column, row.origin),
         image=_file(folder, name, "missing file", row.origin),
         references=_references(folder, row, settings.reference_column),
-        detailed_prompt=optional_caption(row.values, detailed, row.origin),
+        detailed_prompt=detailed_caption(row.values, settings.detailed_prompt_column, row.origin),
         origin=row.origin,
     )
 
@@ -130,9 +129,8 @@ def _text(data: bytes, origin: str) -> str:
 def _prompt_row(row: Row, settings: DataSettings) -> Record:
     if "file_name" in row.values:
         raise Bad("malformed line", row.origin, "images are read from a folder: give that instead")
-    detailed = settings.detailed_prompt_column or "detailed_text"
     return Record(
         prompt=caption(row.values, settings.prompt_column, row.origin),
-        detailed_prompt=optional_caption(row.values, detailed, row.origin),
+        detailed_prompt=detailed_caption(row.values, settings.detailed_prompt_column, row.origin),
         origin=row.origin,
     )

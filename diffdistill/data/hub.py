@@ -12,7 +12,7 @@ from diffdistill.data.records import (
     Record,
     caption,
     collect,
-    optional_caption,
+    detailed_caption,
 )
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import MissingExtra, UserError
@@ -32,6 +32,10 @@ class PictureCell(NamedTuple):
     row: int
     column: str
     position: int | None = None
+
+    def __str__(self) -> str:
+        """Return the column, and the position in a list."""
+        return self.column if self.position is None else f"{self.column}[{self.position}]"
 
     def read(self) -> bytes:
         """Return the bytes of the image, from the table or from the file it names."""
@@ -107,7 +111,7 @@ def _record(table: Any, row: int, root: Path, settings: DataSettings) -> Record:
         prompt=caption(values, settings.prompt_column, origin),
         image=images[0] if images else None,
         references=references,
-        detailed_prompt=optional_caption(values, settings.detailed_prompt_column, origin),
+        detailed_prompt=detailed_caption(values, settings.detailed_prompt_column, origin),
         origin=origin,
     )
 

@@ -22,6 +22,10 @@ class PictureFile(NamedTuple):
 
     path: Path
 
+    def __str__(self) -> str:
+        """Return the path."""
+        return str(self.path)
+
     def read(self) -> bytes:
         """Return the bytes of the file."""
         return self.path.read_bytes()
@@ -74,11 +78,15 @@ def caption(values: Mapping[str, Any], column: str, origin: str) -> str:
     return value.strip()
 
 
-def optional_caption(values: Mapping[str, Any], column: str | None, origin: str) -> str | None:
-    """Return the text in ``column``, or None where there is no such value."""
-    if column is None or values.get(column) is None:
+def detailed_caption(values: Mapping[str, Any], column: str | None, origin: str) -> str | None:
+    """Return the longer caption: required in ``column``, or else of ``detailed_text`` if any.
+
+    Raises:
+        Bad: If the column is given and there is none.
+    """
+    if column is None and values.get("detailed_text") is None:
         return None
-    return caption(values, column, origin)
+    return caption(values, column or "detailed_text", origin)
 
 
 def collect(

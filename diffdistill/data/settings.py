@@ -21,8 +21,8 @@ class DataSettings:
         reference_column: The column with the source image or images of an editing pair; where
             it is given, every example must have one. None takes ``reference`` from metadata
             files that have it.
-        detailed_prompt_column: The column with longer captions. None takes ``detailed_text``
-            from metadata files that have it.
+        detailed_prompt_column: The column with longer captions; where it is given, every
+            example must have one. None takes ``detailed_text`` from metadata files that have it.
         batch_size: Examples in a micro-batch, on each rank.
         resolution: The area of images is at most the square of this. None crops each image to
             its own size, rounded down to ``multiple``.

@@ -1,0 +1,119 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdistill import checkpoints
+from diffdistill.checkpoints import Checkpoints, Snapshot, load_role, restore
+from diffdistill.commands.train import train
+from diffdistill.errors import UserError
+from diffdistill.session import build
+from tests.toy_run import make_data, toy_config
+
+
+def snapshot(value: float) -> Snapshot:
+    return Snapshot({"role-student": {"w": torch.full((4,), value)}}, {"step": int(value)})
+
+
+def value_of(found: Snapshot) -> float:
+    return float(found.tensors["role-student"]["w"][0])
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(1, snapshot(1))
+    newest = kept.save(2, snapshot(2)) / "role-student.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    found, path, problems = kept.load()
+    assert (value_of(found), path.name) == (1.0, "step-000001")
+    assert len(problems) == 1
+    assert "step-000002" in problems[0]
+    assert "bytes instead of" in problems[0]
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    weights = kept.save(1, snapshot(1)) / "role-student.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="no usable checkpoint.*has changed since"):
+        kept.load()
+
+
+def test_a_damaged_checkpoint_that_is_named_is_an_error(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(1, snapshot(1))
+    (kept.save(2, snapshot(2)) / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged checkpoint .*step-000002"):
+        kept.load("step-000002")
+    assert value_of(kept.load("step-000001")[0]) == 1.0
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(1, snapshot(1))
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(UserError, match=r"No space left.*step-000001 is intact"):
+        kept.save(2, snapshot(2))
+    assert value_of(kept.load()[0]) == 1.0
+    assert sorted(p.name for p in kept.folder.iterdir()) == ["latest", "step-000001"]
+
+
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        Checkpoints(tmp_path).load()
+    with pytest.raises(UserError, match="no checkpoint .*step-000009"):
+        Checkpoints(tmp_path).load("step-000009")
+
+
+def test_weights_of_another_shape_or_name_are_those_of_another_model(tmp_path: Path) -> None:
+    role = build(toy_config(make_data(tmp_path / "data"))).roles["student"]
+    own = {name: parameter.detach() for name, parameter in role.parameters().items()}
+    with pytest.raises(UserError, match=r"of another model.*is \(7,\), here \(2, 3\)"):
+        load_role(role, own | {"mix.lora_A.weight": torch.zeros(7)}, "there")
+    with pytest.raises(UserError, match="there: a checkpoint of another model.*1 weights.*'other'"):
+        load_role(role, own | {"other": torch.zeros(1)}, "there")
+
+
+def test_resuming_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    train(toy_config(data), tmp_path / "run")
+    other = toy_config(data)
+    other.roles["student"].rank = 3
+    with pytest.raises(UserError, match="a checkpoint of another model"):
+        train(other, tmp_path / "run", "latest")
+
+
+def test_a_restored_session_predicts_as_the_trained_one(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    train(toy_config(data), tmp_path / "run")
+    session = restore(tmp_path / "run")
+    saved, _, _ = Checkpoints(tmp_path / "run").load()
+    for name in ("student", "teacher"):
+        for key, parameter in session.roles[name].parameters().items():
+            assert torch.equal(parameter, saved.tensors[f"role-{name}"][key])
+    student = session.roles["student"].parameters()["mix.lora_B.weight"]
+    assert student.abs().sum() > 0
+
+
+def test_a_checkpoint_holds_only_safetensors_and_json(tmp_path: Path) -> None:
+    train(toy_config(make_data(tmp_path / "data")), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-000008"
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest) == {p.name for p in folder.iterdir()} - {"manifest.json"}
+
+
+def test_a_folder_that_is_no_run_cannot_be_restored(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
+        restore(tmp_path)

@@ -1,0 +1,75 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffdistill.checkpoints import Checkpoints
+from diffdistill.commands.train import train
+from diffdistill.config import parse_config
+from tests.toy_run import losses, make_data, toy_values
+
+ROOT = Path(__file__).parents[1]
+
+
+def two_ranks(mode: str, values: dict[str, Any], output: Path, *resume: str) -> str:
+    """Train on two processes and return what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command += ["-m", "tests.distributed_worker", mode, json.dumps(values), str(output), *resume]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    return f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+def values_of(data: Path, adapter: str, batch_size: int) -> dict[str, Any]:
+    values = toy_values(data, steps=4, clip=0.05)
+    values["roles"]["student"] = {"adapter": adapter, "rank": 2}
+    values["data"]["batch_size"] = batch_size
+    values["sample"] = {"every": 4}
+    return values
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    tensors = Checkpoints(run).load()[0].tensors
+    return {f"{f}/{n}": t for f, group in tensors.items() for n, t in group.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one_does(mode: str, adapter: str, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    train(parse_config(values_of(data, adapter, 4)), tmp_path / "one")
+    printed = two_ranks(mode, values_of(data, adapter, 2), tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_from_its_full_checkpoint(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    values = values_of(data, "none", 2)
+    assert two_ranks("fsdp2", values, tmp_path / "run").startswith("exit 0")
+    whole = losses(tmp_path / "run")
+    printed = two_ranks("fsdp2", values, tmp_path / "run", "step-000002")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_samples_is_an_error(tmp_path: Path) -> None:
+    values = values_of(make_data(tmp_path / "data", count=1), "lora", 1)
+    printed = two_ranks("ddp", values, tmp_path / "run")
+    assert "exit 0" not in printed
+    assert "2 ranks cannot share 1 examples" in printed

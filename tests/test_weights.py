@@ -1,0 +1,35 @@
+import torch
+
+from diffdistill.divergences import masked_mean, mse
+from diffdistill.readouts import clean_of, per_sample
+from diffdistill.types import State
+from diffdistill.weights import velocity_weight
+from tests.conftest import randn
+
+
+def test_uniform_weight_is_one_at_every_noise_level() -> None:
+    assert velocity_weight(torch.tensor([0.0, 0.3, 1.0]), "uniform").tolist() == [1.0, 1.0, 1.0]
+
+
+def test_sigma2_weight_is_the_square_of_the_noise_level() -> None:
+    weight = velocity_weight(torch.tensor([0.0, 0.5, 1.0]), "sigma2")
+    assert weight.tolist() == [0.0, 0.25, 1.0]
+
+
+def test_sigma2_weight_of_velocities_is_the_error_of_the_clean_predictions() -> None:
+    x, student, teacher = (randn(3, 2, 4, 4, seed=s, dtype=torch.float64) for s in (0, 1, 2))
+    state = State(x, torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64))
+    weight = per_sample(velocity_weight(state.t, "sigma2"), x)
+    weighted = masked_mean((student - teacher).square(), weight=weight)
+    clean_error = (clean_of(state, student) - clean_of(state, teacher)).square().mean()
+    torch.testing.assert_close(weighted, clean_error, rtol=1e-13, atol=0)
+
+
+def test_sigma2_weight_gives_the_gradient_of_the_clean_error() -> None:
+    x, teacher = randn(2, 2, 3, 3, seed=3), randn(2, 2, 3, 3, seed=4)
+    state = State(x, torch.tensor([0.3, 0.9]))
+    one, other = (randn(2, 2, 3, 3, seed=5).requires_grad_() for _ in range(2))
+    weight = per_sample(velocity_weight(state.t, "sigma2"), x)
+    masked_mean(mse(one, teacher), weight=weight).backward()
+    mse(clean_of(state, other), clean_of(state, teacher)).mean().backward()
+    torch.testing.assert_close(one.grad, other.grad)
