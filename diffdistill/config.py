@@ -184,6 +184,7 @@ def bundled_configs() -> list[str]:
 def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
     """Return the checked config of nested plain values."""
     known = {f.name: None for f in fields(RunConfig)}
+    values = _section(values, origin)
     for key in values:
         if key not in known:
             hint = catalog.near(key, known)
@@ -191,13 +192,14 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     method = _named(values, "method", origin)
     family = _named(values, "family", origin)
     sections = {
-        key: parse(cls, values.get(key) or {}, f"{origin}: {key}") for key, cls in SECTIONS.items()
+        key: parse(cls, values.get(key), f"{origin}: {key}") for key, cls in SECTIONS.items()
     }
-    roles = _roles(catalog.load("method", method["name"]), values.get("roles") or {}, origin)
+    given_roles = _section(values.get("roles"), f"{origin}: roles")
+    roles = _roles(catalog.load("method", method["name"]), given_roles, origin)
     if sections["train"].ema is not None:
         average = {"weights": "ema", "of": "student", "decay": sections["train"].ema}
         roles["average"] = parse(RoleSettings, average, f"{origin}: train.ema")
-    evaluate = dict(values.get("evaluate") or {})
+    evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
     return RunConfig(family=family, method=method, roles=roles, evaluate=evaluate, **sections)
 
 
@@ -207,21 +209,33 @@ def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, Role
         if name not in known and name != "average":
             hint = catalog.near(name, known)
             raise UserError(f"{origin}: unknown role {name!r}{hint}; {catalog.listing(known)}")
-    return {
-        name: parse(RoleSettings, {**default, **(given.get(name) or {})}, f"{origin}: roles.{name}")
-        for name, default in known.items()
-    }
+    roles = {}
+    for name, default in known.items():
+        where = f"{origin}: roles.{name}"
+        roles[name] = parse(RoleSettings, {**default, **_section(given.get(name), where)}, where)
+    return roles
+
+
+def _section(value: Any, where: str) -> dict[str, Any]:
+    """Return the keys and values of one section; nothing given is an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected keys and values, got {value!r}")
+    return {str(key): item for key, item in value.items()}
 
 
 def _named(values: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
     """Return name and all options of the family or method section."""
     given = values.get(kind)
-    if not isinstance(given, Mapping) or "name" not in given:
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise UserError(f"{origin}: the section {kind!r} needs a name")
     cls = catalog.load(kind, given["name"])
     fixed = {"name": given["name"]}
     if kind == "family":
-        fixed["path"] = given.get("path", "")
+        fixed["path"] = given.get("path") or ""
+        if not isinstance(fixed["path"], str):
+            raise UserError(f"{origin}: family.path: expected text, got {fixed['path']!r}")
     options = {k: v for k, v in given.items() if k not in fixed}
     checked = parse_options(cls, options, f"{origin}: {kind}")
     return fixed | checked
@@ -254,10 +268,9 @@ def attribute_notes(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in pairs}
 
 
-def parse_options(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def parse_options(cls: type, values: Any, where: str) -> dict[str, Any]:
     """Return all options of ``cls`` as a dictionary, checked, with defaults filled in."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected keys and values, got {values!r}")
+    values = _section(values, where)
     model = options_model(cls)
     try:
         return dict(model(**values))
@@ -265,7 +278,7 @@ def parse_options(cls: type, values: Mapping[str, Any], where: str) -> dict[str,
         raise UserError(_explain(error, where, model)) from None
 
 
-def parse(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def parse(cls: type, values: Any, where: str) -> Any:
     """Return an instance of the settings class ``cls`` from checked values."""
     return cls(**parse_options(cls, values, where))
 
@@ -287,7 +300,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections of keys and values, got {type(values).__name__}")
+        raise UserError(
+            f"{path}: expected sections of keys and values, got {type(values).__name__}"
+        )
     return values
 
 

@@ -217,9 +217,7 @@ class Roles:
                     parameter.lerp_(source[name].to(parameter.dtype), 1.0 - role.settings.decay)
 
 
-def build_roles(
-    settings: Mapping[str, RoleSettings], family: Caller, *, seed: int = 0
-) -> Roles:
+def build_roles(settings: Mapping[str, RoleSettings], family: Caller, *, seed: int = 0) -> Roles:
     """Return the roles, sharing one base network wherever their settings allow it.
 
     Adapter roles and frozen roles without a ``path`` share the base; a fully trained role gets

@@ -6,6 +6,8 @@ Image ``j`` of prompt ``i`` starts from the same noise for every model and numbe
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +36,18 @@ LINE = 17
 
 
 class Encoded(NamedTuple):
-    """What a family's encoders say of some prompts, one item for each."""
+    """What a family's encoders say of some prompts, one item for each.
+
+    Attributes:
+        prompts: The prompts.
+        items: Their encodings, for images of one size.
+        apart: Whether images of different prompts must not share a batch, because their
+            references may differ in size.
+    """
 
     prompts: list[str]
     items: list[Mapping[str, Tensor]]
+    apart: bool = False
 
 
 class Grid(NamedTuple):
@@ -81,11 +91,30 @@ def base_role(session: Session) -> Role:
 
 def encode_prompts(session: Session, prompts: Sequence[str], size: tuple[int, int]) -> Encoded:
     """Return prompts, encoded for images of ``size`` ``(H, W)`` in pixels."""
-    examples = [Example(prompt=prompt, size=size) for prompt in prompts]
+    return encode_examples(session, [Example(prompt=prompt, size=size) for prompt in prompts])
+
+
+def encode_examples(session: Session, examples: Sequence[Example]) -> Encoded:
+    """Return what a student may see of examples of one size: all but the target, encoded."""
+    shown = [
+        e if e.image is None else e._replace(image=None, size=_size(e.image)) for e in examples
+    ]
     with torch.no_grad():
-        encoded = Encoded(list(prompts), list(session.family.encode(examples)))
+        items = _encode_bare(session.family, shown)
     session.family.release()
-    return encoded
+    apart = any(example.references for example in examples)
+    return Encoded([example.prompt for example in examples], items, apart)
+
+
+def _encode_bare(family: Any, examples: Sequence[Example]) -> list[Mapping[str, Tensor]]:
+    """Return the encodings without the privileged view, which needs targets."""
+    if "privileged" in signature(family.encode).parameters:
+        return list(family.encode(examples, privileged=False))
+    return list(family.encode(examples))
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
 
 
 def prompt_batch(
@@ -124,19 +153,28 @@ def generate(
     """
     if not isinstance(prompts, Encoded):
         prompts = encode_prompts(session, prompts, size)
-    indices = range(len(prompts.prompts))
-    images = [(prompt, number) for prompt in indices for number in range(num_images)]
     draws = Draws(seed)
     latents = []
     with inference(session):
-        for start in range(0, len(images), micro_batch):
-            batch = prompt_batch(session, prompts, images[start : start + micro_batch])
+        for chosen in _micro_batches(prompts, num_images, micro_batch):
+            batch = prompt_batch(session, prompts, chosen)
             noise = draws.normal("sample", batch["ids"], session.family.latent_shape(batch))
             condition = session.family.condition(batch)
             latents.append(session.family.sample(model, condition, noise, num_steps=num_steps))
         pixels = [session.family.decode(part).float().cpu() for part in latents]
     session.family.release()
     return torch.cat(pixels)
+
+
+def _micro_batches(
+    encoded: Encoded, num_images: int, micro_batch: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield (index of the prompt, number) of the images to make together."""
+    prompts = range(len(encoded.prompts))
+    for together in [[prompt] for prompt in prompts] if encoded.apart else [prompts]:
+        images = list(product(together, range(num_images)))
+        for start in range(0, len(images), micro_batch):
+            yield images[start : start + micro_batch]
 
 
 def rollout_figure(session: Session, batch: Batch, num_steps: int, seed: int) -> Grid:

@@ -147,9 +147,7 @@ def export_single_file(
     return file
 
 
-def merged_state(
-    network: nn.Module, adapter: str | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def merged_state(network: nn.Module, adapter: str | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the weights of ``network`` on the CPU under plain names, an adapter merged in.
 
     Raises:
@@ -164,7 +162,7 @@ def merged_state(
         raise UserError("the base is quantized: export with family.quantize=none, or the LoRA")
     if adapter is not None:
         for name, module in network.named_modules():
-            if hasattr(module, "get_delta_weight") and adapter in module.lora_A:  # type: ignore[operator]
+            if hasattr(module, "get_delta_weight") and adapter in module.lora_A:
                 key = f"{name}.weight"
-                merged[key] = merged[key].float() + module.get_delta_weight(adapter)  # type: ignore[operator]
+                merged[key] = merged[key].float() + module.get_delta_weight(adapter)
     return {key: value.to("cpu", dtype) for key, value in merged.items()}

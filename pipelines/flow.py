@@ -1,6 +1,7 @@
 """What every latent flow-matching family shares: time, noise and the sampling walk."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -40,11 +41,14 @@ class FlowFamily(ABC):
         """Return features ``[B, N, D]`` of the image tokens from the middle of ``network``."""
 
     @abstractmethod
-    def encode(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+    def encode(
+        self, examples: Sequence[Example], *, privileged: bool = True
+    ) -> list[dict[str, Tensor]]:
         """Return, for each example, all tensors that training needs of it (cacheable).
 
         ``latents`` ``[C, H, W]`` is always among them: zeros of the right shape for an example
-        that has a ``size`` instead of an image.
+        that has a ``size`` instead of an image. ``privileged=False`` leaves out what only
+        exposure 1 shows, and asks the examples for nothing of it; enough for sampling.
         """
 
     @abstractmethod
@@ -125,7 +129,6 @@ class FlowFamily(ABC):
         self, student: Model, condition: Condition, noise: Tensor, *, num_steps: int
     ) -> Tensor:
         """Return clean latents ``[B, C, H, W]``, sampled as the family's pipeline does."""
-        state, velocity = State(noise, noise.new_zeros(len(noise))), noise
-        for state, velocity in self.walk(student, condition, noise, num_steps=num_steps):
-            pass
+        walk = self.walk(student, condition, noise, num_steps=num_steps)
+        [(state, velocity)] = deque(walk, maxlen=1)
         return clean_of(state, velocity)

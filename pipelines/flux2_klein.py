@@ -160,8 +160,7 @@ class Flux2Klein(LatentFamily):
         """
         if len({frozenset(entry) for entry in encoded}) > 1:
             raise UserError(
-                "examples of one batch differ in how many references they have: "
-                "use batch_size: 1"
+                "examples of one batch differ in how many references they have: use batch_size: 1"
             )
         return {key: stacked(encoded, key, self.device) for key in encoded[0]}
 
@@ -186,7 +185,7 @@ class Flux2Klein(LatentFamily):
         plain = self.noise_grid == "reference" or scheduler.config.get("use_flow_sigmas")
         sigmas = None if plain else np.linspace(1.0, 1 / num_steps, num_steps)
         scheduler.set_timesteps(num_steps, sigmas=sigmas, mu=mu)
-        return scheduler.sigmas.clone()  # type: ignore[no-any-return]
+        return scheduler.sigmas.clone()
 
     def encoding_options(self) -> tuple[str, ...]:
         """Return the names of the options that alter what ``encode`` returns."""
@@ -262,7 +261,7 @@ def _inputs(network: Any, state: State, condition: Condition) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _image_ids(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Return the coordinates ``[N, 4]`` of the noisy tokens (T = 0) and the references (10, ...)."""
+    """Return the coordinates ``[N, 4]`` of the noisy tokens (T = 0) and references (10, ...)."""
     maps = [torch.empty(1, 1, *size) for size in sizes]
     ids = [Flux2KleinPipeline._prepare_latent_ids(maps[0])[0]]
     if len(maps) > 1:

@@ -80,7 +80,7 @@ class LatentFamily(FlowFamily):
     def network(self, path: str | None = None) -> nn.Module:
         """Return a freshly loaded transformer, of this family's checkpoint or of ``path``."""
         folder = loading.transformer_folder(path or self.path, None if path else self.revision)
-        options = {"dtype": self.weights_dtype, "quantize": self.quantize}
+        options: dict[str, Any] = {"dtype": self.weights_dtype, "quantize": self.quantize}
         if path is None and self.single_file is not None:
             network = loading.load_single_file(
                 self.transformer_class, self.single_file, folder, **options

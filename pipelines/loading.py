@@ -179,13 +179,13 @@ def place(
     if quantize in ("none", "fp8"):
         network.to(device)
     network.input_dtype = dtype if quantize != "none" else None
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def input_dtype(network: Any) -> torch.dtype:
     """Return the type that ``network`` computes in; quantized weights do not tell."""
     chosen: torch.dtype | None = getattr(network, "input_dtype", None)
-    return chosen or network.dtype  # type: ignore[no-any-return]
+    return chosen or network.dtype
 
 
 def bitsandbytes_config(

@@ -60,7 +60,8 @@ Z_IMAGE_ATTENTION: dict[str, Place] = {
     "norm_k": ("k_norm", None),
     "to_out.0": ("out", None),
 }
-SHIFT_FIRST = "final_layer.adaLN_modulation.1"
+SCALE_FIRST = "norm_out.linear"
+"""The module whose halves, scale and shift, change places."""
 NORMS = ("query_norm", "key_norm")
 
 
@@ -85,9 +86,7 @@ def z_image_place(module: str) -> Place:
     return f"{block}.attention.{name}", third
 
 
-def original_state(
-    state: Mapping[str, Tensor], place: Callable[[str], Place]
-) -> dict[str, Tensor]:
+def original_state(state: Mapping[str, Tensor], place: Callable[[str], Place]) -> dict[str, Tensor]:
     """Return a network's weights under their original names, in the original shapes."""
     renamed: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -99,7 +98,7 @@ def original_state(
         original, third = place(module)
         name = f"{original}.{'scale' if original.endswith(NORMS) else kind}"
         if third is None:
-            renamed[name] = _swapped(value) if original == SHIFT_FIRST else value
+            renamed[name] = _swapped(value) if module == SCALE_FIRST else value
         else:
             thirds[name][third] = value
     fused = {name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items()}
@@ -128,7 +127,7 @@ def original_lora(
         original, third = place(module)
         if third is None:
             renamed[f"{original}.lora_A.weight"] = down
-            renamed[f"{original}.lora_B.weight"] = _swapped(up) if original == SHIFT_FIRST else up
+            renamed[f"{original}.lora_B.weight"] = _swapped(up) if module == SCALE_FIRST else up
         else:
             thirds[original][third] = (down, up)
     for original, parts in thirds.items():

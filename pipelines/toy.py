@@ -66,7 +66,9 @@ class Toy(FlowFamily):
         """Return the velocity as tokens ``[B, H W, C]``."""
         return self.predict(network, state, condition).flatten(2).movedim(1, -1)
 
-    def encode(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+    def encode(
+        self, examples: Sequence[Example], *, privileged: bool = True
+    ) -> list[dict[str, Tensor]]:
         """Return the number of each prompt, and its image as latents."""
         return [
             {"prompt": torch.tensor(float(e.prompt)), "latents": _image(e)} for e in examples

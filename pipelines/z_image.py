@@ -183,7 +183,7 @@ class ZImage(LatentFamily):
         values = [scheduler.config.get(k, v) for k, v in zip(keys, SHIFT_DEFAULTS, strict=True)]
         mu = calculate_shift((shape[-2] // 2) * (shape[-1] // 2), *values)
         scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(num_steps), mu=mu)
-        return scheduler.sigmas.clone()  # type: ignore[no-any-return]
+        return scheduler.sigmas.clone()
 
     def encoding_options(self) -> tuple[str, ...]:
         """Return the names of the options that alter what ``encode`` returns."""

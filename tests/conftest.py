@@ -57,7 +57,7 @@ def disturb(role: Role, *, seed: int, scale: float = 0.3) -> None:
     rng = generator(seed)
     with torch.no_grad():
         for parameter in role.parameters().values():
-            parameter += scale * torch.randn(parameter.shape, generator=rng)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=rng))
 
 
 def descend(losses: Iterator[Loss]) -> list[float]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, ZImagePipeline
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.methods.d_opsd import DOPSD
 from diffdistill.pipelines import qwen_vl
-from diffdistill.pipelines.flux2_klein import SUFFIXES, Flux2Klein, _inputs
+from diffdistill.pipelines.flux2_klein import SUFFIXES, Flux2Klein, _inputs, _limited
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.z_image import ZImage
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
@@ -230,10 +232,16 @@ def test_a_suffix_of_ones_own_replaces_the_scripts_sentence(root: Path) -> None:
     assert torch.equal(encoded["privileged_text"], asked["text"])
 
 
-def test_large_references_are_scaled_as_the_pipeline_does(root: Path) -> None:
-    family = klein(root, view="none")
-    example = Example("a", size=(32, 32), references=(picture(1040, 1100, 0),))
-    assert family.encode([example])[0]["reference_0"].shape == (16, 248, 263)
+def test_large_references_are_scaled_as_the_pipeline_does() -> None:
+    large, small = picture(1040, 1100, 0), picture(64, 36, 0)
+    expected = Flux2ImageProcessor._resize_to_target_area(_pil(large))
+    assert torch.equal((_limited(large) * 255).round(), (_pixels(expected) * 255).round())
+    assert _limited(large).shape == (3, 995, 1053)
+    assert torch.equal(_limited(small), small)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).movedim(-1, 0) / 255
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -349,9 +357,7 @@ def test_features_are_the_image_tokens_of_the_middle_block(root: Path) -> None:
     state, condition = state_of(family, batch), family.condition(batch, exposure=1.0)
     network = tiny.klein_transformer(num_layers=1, num_single_layers=1)
     time = network.time_guidance_embed(state.t * 1000, None)
-    tokens = network.proj_out(
-        network.norm_out(family.features(network, state, condition), time)
-    )
+    tokens = network.proj_out(network.norm_out(family.features(network, state, condition), time))
     expected = family.predict(network, state, condition).flatten(2).movedim(1, -1)
     torch.testing.assert_close(tokens, expected)
     network = tiny.klein_transformer(num_layers=2, num_single_layers=1)
@@ -379,7 +385,8 @@ def test_features_carry_the_graph_with_checkpointing_too(root: Path, name: str) 
         batch = batch_of(family, examples())
         state, student = state_of(family, batch), roles["student"]
         with student._acting(CPU):
-            family.features(student.network, state, family.condition(batch)).square().sum().backward()
+            features = family.features(student.network, state, family.condition(batch))
+        features.square().sum().backward()
         gradients.append(_gradient(roles))
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[0], gradients[1])

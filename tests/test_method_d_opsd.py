@@ -223,7 +223,7 @@ class Kept:
 
 def test_one_graph_is_alive_at_a_time() -> None:
     method, roles = make_method(FULL, FROZEN, num_steps=3)
-    alive: "weakref.WeakSet[Kept]" = weakref.WeakSet()
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
     found: list[int] = []
 
     def pack(tensor: Tensor) -> Kept:
@@ -256,9 +256,7 @@ def linear_family_role(state_factor: float, prompt_factor: float, shift: float) 
 
 
 @pytest.mark.parametrize(("num_steps", "shift"), [(1, 1.0), (4, 1.0), (7, 1.0), (4, 3.0)])
-def test_euler_steps_of_a_linear_velocity_have_a_closed_form(
-    num_steps: int, shift: float
-) -> None:
+def test_euler_steps_of_a_linear_velocity_have_a_closed_form(num_steps: int, shift: float) -> None:
     """With v = a x + b, x + b / a shrinks by 1 + a (t' - t) in each step."""
     a, b, prompt = 0.7, -0.4, torch.tensor([0.5, 2.0])
     roles = linear_family_role(a, b, shift)
@@ -325,7 +323,7 @@ def test_the_loss_falls_when_the_student_moves_to_the_teacher() -> None:
     before = sum(descend(method.losses(batch, START)))
     with torch.no_grad():
         for parameter in roles["student"].parameters().values():
-            parameter -= 1e-4 * parameter.grad
+            parameter.sub_(1e-4 * parameter.grad)
     assert sum(loss_values(method, batch)) < before
 
 

@@ -1,0 +1,69 @@
+"""What several commands share: a session to look at, its models by name, and tables."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from diffdistill import catalog
+from diffdistill.checkpoints import restore
+from diffdistill.config import load_config
+from diffdistill.errors import UserError
+from diffdistill.roles import Role
+from diffdistill.sampling import base_role
+from diffdistill.session import Session, build
+
+OVERRIDABLE = ("data", "sample", "evaluate")
+
+
+def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[str] = ()) -> Session:
+    """Return the session of a run's folder with a checkpoint's weights, or of a config untrained.
+
+    Args:
+        source: A run's folder, a YAML file, or the name of a bundled config.
+        checkpoint: Which checkpoint of a run.
+        overrides: ``section.key=value``; of a run, the sections data, sample and evaluate only.
+
+    Raises:
+        UserError: If there is no such run, config or checkpoint.
+    """
+    if not Path(source).is_dir():
+        if checkpoint != "latest":
+            raise UserError(f"{source} is a config, which has no checkpoint {checkpoint!r}")
+        return build(load_config(source, overrides))
+    for override in overrides:
+        if override.removeprefix("--").partition(".")[0] not in OVERRIDABLE:
+            raise UserError(
+                f"override {override!r}: of a run, only {', '.join(OVERRIDABLE)} can be changed"
+            )
+    session = restore(Path(source), checkpoint)
+    return replace(session, config=load_config(f"{source}/config.yaml", overrides))
+
+
+def models(session: Session, names: Sequence[str]) -> dict[str, Role]:
+    """Return models by name: ``base``, or the roles of the method.
+
+    Raises:
+        UserError: If there is no such role, or none is named.
+    """
+    known = {"base": None, **dict.fromkeys(session.roles.by_name)}
+    for name in names:
+        if name not in known:
+            hint = catalog.near(name, known)
+            raise UserError(f"no model {name!r}{hint}; here: {catalog.listing(known)}")
+    if not names:
+        raise UserError(f"name at least one model; here: {catalog.listing(known)}")
+    return {name: base_role(session) if name == "base" else session.roles[name] for name in names}
+
+
+def render(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=110, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

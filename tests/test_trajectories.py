@@ -1,0 +1,76 @@
+"""The losses of 20 steps of each method, as recorded: a change needs a reason in the commit.
+
+``DIFFDISTILL_RECORD=1 pytest tests/test_trajectories.py`` records them again.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffdistill import catalog
+from diffdistill.draws import Draws
+from diffdistill.types import Progress
+from tests.conftest import make_batch, make_roles, make_toy
+
+FOLDER = Path(__file__).parent / "trajectories"
+STEPS = 20
+LORA = {"adapter": "lora", "rank": 2, "alpha": 4.0}
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "d-opsd": (
+        {"student": LORA, "teacher": {"weights": "ema", "decay": 0.9}},
+        {"num_steps": 3, "weight": "sigma2"},
+    ),
+    "dmd": (
+        {"student": LORA, "teacher": {"weights": "frozen"}, "critic": {**LORA, "head": True}},
+        {"student_every": 2, "guidance": 2.0, "gan_weight": 0.1, "score_shift": 3.0},
+    ),
+    "off-policy": (
+        {"student": {}, "teacher": {"weights": "ema", "decay": 0.9}},
+        {"states": "teacher", "exposure": 0.5},
+    ),
+    "sft": ({"student": {}}, {"shift": 2.0}),
+}
+
+
+def run(name: str) -> dict[str, list[float]]:
+    """Return the losses of each role, in the order they came."""
+    settings, options = RUNS[name]
+    family = make_toy(shift=2.0)
+    roles = make_roles(family, **settings)
+    players = {role: roles[role] for role in settings}
+    method = catalog.load("method", name)(family=family, draws=Draws(0), **players, **options)
+    optimizers = {
+        role.name: torch.optim.SGD(role.parameters().values(), lr=0.02) for role in roles.trained()
+    }
+    losses: dict[str, list[float]] = {role: [] for role in optimizers}
+    for step in range(STEPS):
+        trained = set()
+        for loss in method.losses(
+            make_batch(3, seed=step, first_id=3 * step), Progress(step, STEPS)
+        ):
+            loss.value.backward()
+            losses[loss.role].append(loss.value.item())
+            trained.add(loss.role)
+        for role in trained:
+            optimizers[role].step()
+            optimizers[role].zero_grad()
+            roles.average(role)
+    return losses
+
+
+@pytest.mark.parametrize("name", sorted(catalog.METHODS))
+def test_the_losses_are_those_that_were_recorded(name: str) -> None:
+    file = FOLDER / f"{name}.json"
+    found = run(name)
+    if os.environ.get("DIFFDISTILL_RECORD"):
+        lines = ",\n".join(f'  "{role}": {json.dumps(values)}' for role, values in found.items())
+        file.write_text(f"{{\n{lines}\n}}\n")
+    recorded = json.loads(file.read_text())
+    assert list(found) == list(recorded)
+    for role, values in recorded.items():
+        assert len(set(values)) > STEPS / 3
+        assert found[role] == pytest.approx(values, rel=1e-5)
