@@ -29,6 +29,7 @@ IMAGES_PER_PROMPT = 2**20
 
 NUM_ROLLOUTS = 4
 MIN_TILE = 96
+MIN_WIDTH = 320
 MAX_WIDTH = 4096
 GAP = 4
 FONT_SIZE = 13
@@ -265,6 +266,7 @@ def draw_grid(
     label = LINE if row_captions else 0
     rows = -(-len(tiles) // columns)
     total = (columns * (width + GAP) + GAP, header + rows * (label + height + GAP) + GAP)
+    total = (max(total[0], MIN_WIDTH if row_captions else 0), total[1])
     sheet = Image.new("RGB", total, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for column, caption in enumerate(captions or ()):
@@ -280,8 +282,8 @@ def draw_grid(
 
 def _resized(pixels: Tensor, columns: int) -> Tensor:
     height, width = pixels.shape[-2:]
-    if min(height, width) < MIN_TILE:
-        factor = -(-MIN_TILE // min(height, width))
+    if max(height, width) < MIN_TILE:
+        factor = -(-MIN_TILE // max(height, width))
         return interpolate(pixels, scale_factor=factor, mode="nearest")
     widest = MAX_WIDTH // columns - GAP
     if width <= widest:

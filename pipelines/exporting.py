@@ -84,8 +84,8 @@ def _scaled(
     for key, value in adapter.items():
         if ".lora_" in key:
             factor = scale if ".lora_B." in key else 1.0
-            value = (value.detach().cpu().float() * factor).to(dtype or value.dtype)
-            scaled[key] = value.contiguous()
+            product = value.detach().cpu().float() * factor
+            scaled[key] = product.to(dtype or value.dtype).contiguous()
     return scaled
 
 

@@ -18,7 +18,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
@@ -194,10 +194,8 @@ class Flux2Klein(LatentFamily):
     def _load_encoder(self, name: str) -> Any:
         folder = self.part(name)
         self._check_layers(loading.read_config(folder))
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            str(self.part("tokenizer")), trust_remote_code=self.trust_remote_code
-        )
-        return Qwen3ForCausalLM.from_pretrained(str(folder), **self._encoder_options())
+        self._tokenizer = loading.load_tokenizer(self.part("tokenizer"), self.trust_remote_code)
+        return loading.load_frozen(Qwen3ForCausalLM, folder, self._encoder_options())
 
     def _check_layers(self, config: Mapping[str, Any]) -> None:
         """Raise a ``UserError`` unless the chosen layers exist and fit the transformer."""

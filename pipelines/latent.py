@@ -98,8 +98,7 @@ class LatentFamily(FlowFamily):
     def using(self, name: str) -> Iterator[Any]:
         """Give the frozen module ``name`` on the device, loaded at its first use."""
         if name not in self._loaded:
-            with explained(f"load the {name} of {self.path}"):
-                self._loaded[name] = self._load(name).requires_grad_(False).eval()
+            self._loaded[name] = self._load(name).requires_grad_(False).eval()
         module = self._loaded[name]
         if not self._is_fixed(name):
             module.to(self.device)
@@ -128,9 +127,8 @@ class LatentFamily(FlowFamily):
         if name == "vae":
             folder = self.part("vae")
             loading.check_class(folder, self.vae_class)
-            return self.vae_class.from_pretrained(
-                str(folder), torch_dtype=self.weights_dtype, use_safetensors=True
-            )
+            options = {"torch_dtype": self.weights_dtype}
+            return loading.load_frozen(self.vae_class, folder, options)
         return self._load_encoder(name)
 
     @abstractmethod
@@ -142,7 +140,7 @@ class LatentFamily(FlowFamily):
         quantization = loading.bitsandbytes_config(
             self.quantize, self.weights_dtype, "transformers"
         )
-        options = {"dtype": self.weights_dtype, "use_safetensors": True}
+        options = {"dtype": self.weights_dtype}
         return options | ({"quantization_config": quantization} if quantization else {})
 
     def fingerprint(self) -> str:

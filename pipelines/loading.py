@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from diffdistill.errors import MissingExtra, UserError
 
@@ -162,6 +163,30 @@ def check_class(folder: Path, kind: type) -> None:
             f"{folder}: checkpoint of another model: found {found or 'no class name'}, "
             f"this family needs {kind.__name__}"
         )
+
+
+def load_frozen(kind: Any, folder: Path, options: Mapping[str, Any]) -> Any:
+    """Return an encoder or VAE in ``folder``, on the CPU unless bitsandbytes places it.
+
+    Raises:
+        UserError: If it is missing, broken or incomplete.
+    """
+    with explained(f"load the {kind.__name__} in {folder}"):
+        module, info = kind.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True, **options
+        )
+    _check_complete(sorted(info["missing_keys"]), folder)
+    return module
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """Return the tokenizer in ``folder``.
+
+    Raises:
+        UserError: If it is missing or broken.
+    """
+    with explained(f"load the tokenizer in {folder}"):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
 
 def _check_complete(missing: Sequence[str], where: Path | str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from diffdistill.errors import MissingExtra, UserError
-from diffdistill.pipelines.loading import explained, read_config
+from diffdistill.pipelines.loading import explained, load_frozen, read_config
 
 
 def load_reweighted(
@@ -38,10 +38,8 @@ def load_reweighted(
     config = Qwen3VLConfig.from_pretrained(str(folder))
     if rope_base is not None:
         config.text_config.rope_parameters["rope_theta"] = rope_base
-    with explained(f"load the VLM in {folder}"):
-        vlm = Qwen3VLForConditionalGeneration.from_pretrained(
-            str(folder), config=config, **options
-        ).model
+    options = {"config": config, **options}
+    vlm = load_frozen(Qwen3VLForConditionalGeneration, folder, options).model
     overwrite(vlm.language_model, getattr(encoder, "model", encoder))
     return vlm
 

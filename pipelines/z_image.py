@@ -24,7 +24,6 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading, qwen_vl
@@ -201,9 +200,7 @@ class ZImage(LatentFamily):
     def _load_encoder(self, name: str) -> Any:
         if name == "vlm":
             return self._load_vlm()
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            str(self.part("tokenizer")), trust_remote_code=self.trust_remote_code
-        )
+        self._tokenizer = loading.load_tokenizer(self.part("tokenizer"), self.trust_remote_code)
         return self._load_text_encoder(self._encoder_options())
 
     def _load_text_encoder(self, options: Mapping[str, Any]) -> Any:
@@ -211,12 +208,12 @@ class ZImage(LatentFamily):
         found = loading.read_config(folder).get("architectures") or [""]
         if found[0] not in ENCODERS:
             raise UserError(f"{folder}: found {found[0]!r}, needed one of {', '.join(ENCODERS)}")
-        return getattr(transformers, found[0]).from_pretrained(str(folder), **options)
+        return loading.load_frozen(getattr(transformers, found[0]), folder, options)
 
     def _load_vlm(self) -> Any:
         """Return the VLM, never quantized: its weights are overwritten."""
         folder = self._vlm_folder()
-        options = {"dtype": self.weights_dtype, "use_safetensors": True}
+        options = {"dtype": self.weights_dtype}
         self._processor = qwen_vl.load_processor(folder, self.trust_remote_code)
         encoder = self._load_text_encoder(options)
         return qwen_vl.load_reweighted(folder, encoder, options, self.vlm_rope_base)

@@ -277,7 +277,7 @@ def test_an_unknown_view_lists_the_known_ones(root: Path) -> None:
 def test_exposure_is_all_or_nothing(root: Path, name: str) -> None:
     family = family_of(name, root, view="none")
     batch = batch_of(family, examples(1))
-    with pytest.raises(UserError, match="exposure 0 or 1, not 0.5"):
+    with pytest.raises(UserError, match=r"exposure 0 or 1, not 0.5"):
         family.condition(batch, exposure=0.5)
     with pytest.raises(UserError, match="needs a view"):
         family.condition(batch, exposure=1.0)
@@ -322,7 +322,7 @@ def test_vlm_tokens_are_cut_off(root: Path) -> None:
 def test_a_vlm_of_another_shape_is_refused(root: Path, tmp_path: Path) -> None:
     tiny.save_vlm(tmp_path / "vlm", num_layers=2)
     family = z_image(root, vlm_path=str(tmp_path / "vlm"))
-    with pytest.raises(UserError, match="11 weights are in one alone, such as layers.2"):
+    with pytest.raises(UserError, match=r"11 weights are in one alone, such as layers.2"):
         family.encode(examples(1))
     with pytest.raises(UserError, match="needs vlm_path"):
         z_image(root, vlm_path=None).encode(examples(1))

@@ -62,7 +62,7 @@ def test_the_transformer_of_another_model_is_named(root: Path) -> None:
 
 def test_flux2_dev_is_not_taken_for_klein(copy: Path) -> None:
     tiny.edit_json(copy / "transformer" / "config.json", guidance_embeds=True)
-    with pytest.raises(UserError, match="embedded guidance, not FLUX.2 klein"):
+    with pytest.raises(UserError, match=r"embedded guidance, not FLUX.2 klein"):
         klein(copy).network()
 
 
@@ -77,7 +77,7 @@ def test_a_missing_checkpoint_or_part_is_named(copy: Path, monkeypatch: Any) -> 
         raise OSError("no connection")
 
     monkeypatch.setattr(loading, "snapshot_download", offline)
-    with pytest.raises(UserError, match="cannot find 'owner/name' .*no connection"):
+    with pytest.raises(UserError, match=r"cannot find 'owner/name' .*no connection"):
         klein("owner/name").network()
 
 
@@ -103,14 +103,30 @@ def test_broken_and_incomplete_weights_are_user_errors(copy: Path) -> None:
     with pytest.raises(UserError, match=r"1 weights are missing, such as proj_out\.weight"):
         klein(copy).network()
     save_file(weights | {"proj_out.weight": dropped[:, :-1].contiguous()}, file)
-    with pytest.raises(UserError, match="cannot load the transformer in .*proj_out"):
+    with pytest.raises(UserError, match=r"cannot load the transformer in .*proj_out"):
         klein(copy).network()
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot load the transformer in"):
         klein(copy).network()
     (copy / "transformer" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read .*JSONDecodeError"):
+    with pytest.raises(UserError, match=r"cannot read .*JSONDecodeError"):
         klein(copy).network()
+
+
+def test_incomplete_encoders_are_user_errors(copy: Path) -> None:
+    example = [Example("a", picture, origin="x:0") for picture in (torch.rand(3, 32, 32),)]
+    for part, name, key in (
+        ("vae", WEIGHTS, "encoder.conv_in.weight"),
+        ("text_encoder", "model.safetensors", "model.norm.weight"),
+    ):
+        weights = load_file(copy / part / name)
+        del weights[key]
+        save_file(weights, copy / part / name, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"{part}: 1 weights are missing, such as {key}"):
+            klein(copy).encode(example, privileged=False)
+    (copy / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load the tokenizer"):
+        klein(copy).encode(example, privileged=False)
 
 
 def test_pickled_weights_are_never_read(copy: Path) -> None:
@@ -121,7 +137,7 @@ def test_pickled_weights_are_never_read(copy: Path) -> None:
         file.unlink()
     with pytest.raises(UserError, match="cannot load the transformer"):
         klein(copy).network()
-    with pytest.raises(UserError, match="cannot load the text_encoder"):
+    with pytest.raises(UserError, match="cannot load the Qwen3ForCausalLM"):
         klein(copy).encode([Example("a", size=(32, 32))], privileged=False)
 
 

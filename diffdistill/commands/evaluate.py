@@ -1,6 +1,7 @@
 """``diffdistill evaluate``."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def evaluate(
     session = open_session(source, checkpoint, overrides)
     settings = parse_settings(session.config.evaluate, f"{source}: evaluate")
     measured = models(session, settings.roles)
-    rows = list(few_step(session, measured, make_groups(session, settings), settings))
+    rows = []
+    for row in few_step(session, measured, make_groups(session, settings), settings):
+        rows.append(row)
+        what = f"{row.model}, {row.num_steps} steps: {row.metric} of {row.group} {cell(row)}"
+        print(what, file=sys.stderr, flush=True)
     if output is None and Path(source).is_dir():
         output = Path(source) / "evaluation.json"
     if output is not None:

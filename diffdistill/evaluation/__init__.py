@@ -1,0 +1,1 @@
+"""Measures of samples: judges, distances, and quality against the number of steps."""
