@@ -20,7 +20,9 @@ ConfigName = Annotated[str, typer.Argument(help="A YAML file, or a bundled name:
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, such as train.steps=100.")
 ]
-RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+Source = Annotated[str, typer.Argument(help="A run's folder, or a config (before training).")]
+Checkpoint = Annotated[str, typer.Option(help="Which checkpoint of a run.")]
+Output = Annotated[Path | None, typer.Option(help="The file to write.")]
 
 
 @app.command()
@@ -51,6 +53,99 @@ def train(
     except command.Interrupted as interrupted:
         typer.echo(str(interrupted), err=True)
         raise typer.Exit(interrupted.exit_code) from None
+
+
+@app.command()
+def sample(
+    source: Source,
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Images of each prompt.")] = None,
+    compare: Annotated[
+        str, typer.Option(help="Models side by side: base,teacher,student,average.")
+    ] = "student",
+    checkpoint: Checkpoint = "latest",
+    output: Output = None,
+    separate: Annotated[bool, typer.Option(help="Also write each image as a file.")] = False,
+) -> None:
+    """Draw prompts with one or several models, from the same noise."""
+    from diffdistill.commands.sample import sample as command
+
+    path = command(
+        source,
+        prompts=prompt or [],
+        steps=steps,
+        seed=seed,
+        size=None if size is None else _size(size),
+        num_images=num_images,
+        compare=[name for name in compare.split(",") if name],
+        checkpoint=checkpoint,
+        output=output,
+        separate=separate,
+        overrides=overrides or [],
+    )
+    typer.echo(path)
+
+
+@app.command()
+def preview(
+    source: Source,
+    overrides: Overrides = None,
+    num_examples: Annotated[int, typer.Option(help="Examples of the data.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    output: Output = None,
+) -> None:
+    """Draw what the teacher makes of your data, before any training."""
+    from diffdistill.commands.preview import preview as command
+
+    options = {"num_examples": num_examples, "seed": seed, "output": output}
+    typer.echo(command(source, overrides=overrides or [], **options))
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    overrides: Overrides = None,
+    suite: Annotated[str, typer.Option(help="What to measure: few-step.")] = "few-step",
+    checkpoint: Checkpoint = "latest",
+    output: Output = None,
+) -> None:
+    """Measure quality against the number of sampling steps."""
+    from diffdistill.commands.evaluate import evaluate as command
+
+    options = {"suite": suite, "checkpoint": checkpoint, "output": output}
+    typer.echo(command(source, overrides=overrides or [], **options))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or several runs' folders.")],
+    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Distillation report",
+) -> None:
+    """Write one self-contained HTML page about runs."""
+    from diffdistill.commands.report import report as command
+
+    typer.echo(command(runs, output=output, title=title))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    output: Annotated[Path, typer.Argument(help="A folder, or a .safetensors file.")],
+    layout: Annotated[
+        str, typer.Option(help="lora, pipeline, single-file, comfyui-lora; auto: lora or pipeline.")
+    ] = "auto",
+    role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Export trained weights for diffusers or ComfyUI."""
+    from diffdistill.commands.export import export as command
+
+    typer.echo(command(run, output, layout=layout, role=role, checkpoint=checkpoint))
 
 
 @app.command("list")
@@ -85,6 +180,14 @@ def doctor() -> None:
     from diffdistill.commands.doctor import diagnose
 
     typer.echo(diagnose())
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Return ``(H, W)`` of "HxW"."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH, such as 1024x768")
+    return int(height), int(width)
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:

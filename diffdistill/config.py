@@ -169,7 +169,7 @@ def find_config(name: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    known = {config: None for config in bundled_configs()}
+    known = dict.fromkeys(bundled_configs())
     raise UserError(
         f"no config file {name!r}{catalog.near(name, known)}; bundled: {catalog.listing(known)}"
     )

@@ -6,7 +6,6 @@ Image ``j`` of prompt ``i`` starts from the same noise for every model and numbe
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +46,7 @@ class Encoded(NamedTuple):
     """
 
     prompts: list[str]
-    items: list[Mapping[str, Tensor]]
+    items: Sequence[Mapping[str, Tensor]]
     apart: bool = False
 
 
@@ -101,17 +100,10 @@ def encode_examples(session: Session, examples: Sequence[Example]) -> Encoded:
         e if e.image is None else e._replace(image=None, size=_size(e.image)) for e in examples
     ]
     with torch.no_grad():
-        items = _encode_bare(session.family, shown)
+        items = session.family.encode(shown, privileged=False)
     session.family.release()
     apart = any(example.references for example in examples)
     return Encoded([example.prompt for example in examples], items, apart)
-
-
-def _encode_bare(family: Any, examples: Sequence[Example]) -> list[Mapping[str, Tensor]]:
-    """Return the encodings without the privileged view, which needs targets."""
-    if "privileged" in signature(family.encode).parameters:
-        return list(family.encode(examples, privileged=False))
-    return list(family.encode(examples))
 
 
 def _size(image: Tensor) -> tuple[int, int]:
@@ -285,7 +277,7 @@ def _resized(pixels: Tensor, columns: int) -> Tensor:
     if max(height, width) < MIN_TILE:
         factor = -(-MIN_TILE // max(height, width))
         return interpolate(pixels, scale_factor=factor, mode="nearest")
-    widest = MAX_WIDTH // columns - GAP
+    widest = max(1, (MAX_WIDTH - GAP) // columns - GAP)
     if width <= widest:
         return pixels
     smaller = (max(1, height * widest // width), widest)

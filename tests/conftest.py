@@ -48,8 +48,9 @@ def rows_of(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     return tensors | {"prompts": [batch["prompts"][row] for row in rows]}
 
 
-def make_roles(family: Any, **settings: dict[str, Any]) -> Roles:
-    return build_roles({name: RoleSettings(**given) for name, given in settings.items()}, family)
+def make_roles(family: Any, *, seed: int = 7, **settings: dict[str, Any]) -> Roles:
+    parsed = {name: RoleSettings(**given) for name, given in settings.items()}
+    return build_roles(parsed, family, seed=seed)
 
 
 def disturb(role: Role, *, seed: int, scale: float = 0.3) -> None:

@@ -232,7 +232,7 @@ def test_prompts_are_read_from_lines_and_json_lines(tmp_path: Path) -> None:
 
 
 def test_evaluate_writes_rows_and_shows_them(data: Path, tmp_path: Path) -> None:
-    config = write_config(data, evaluate={**DIGITS, "num_steps": [1, 2], "groups": {"new": [8, 9]}})
+    config = write_config(data, evaluate={**DIGITS, "num_steps": [1, 2], "groups": {"new": [0]}})
     shown = evaluate(config, output=tmp_path / "out" / "evaluation.json")
     rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     keys = {(r["model"], r["num_steps"], r["metric"], r["group"]) for r in rows}
@@ -328,7 +328,7 @@ def test_preview_measures_both_sides_against_the_target() -> None:
 def test_preview_warns_when_the_teacher_is_no_better() -> None:
     session, examples = gray_session(0.0)
     told = verdict(compare(session, examples, seed=0))
-    assert told.startswith("WARNING: the teacher, shown the target, is no closer")
+    assert told.startswith("WARNING: the teacher, shown the target, is not clearly closer")
     assert "D-OPSD cannot work with this view" in told
 
 
@@ -337,6 +337,12 @@ def test_preview_goes_by_the_mean_and_counts_the_examples() -> None:
     mixed = [Comparison("a", image, 0.2, 0.1), Comparison("b", image, 0.2, 0.5)]
     assert verdict(mixed).startswith("WARNING")
     assert "0.3 against 0.2, closer in 1/2" in verdict(mixed)
+
+
+def test_preview_wants_more_than_a_hair_between_teacher_and_student() -> None:
+    image = torch.zeros(3, 3, 4, 4)
+    assert verdict([Comparison("a", image, 0.2, 0.199)]).startswith("WARNING")
+    assert verdict([Comparison("a", image, 0.2, 0.18)]).startswith("The teacher")
 
 
 def test_preview_writes_a_picture_and_a_table(data: Path, tmp_path: Path) -> None:

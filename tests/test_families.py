@@ -254,6 +254,32 @@ def test_an_example_without_image_has_empty_latents_of_its_size(root: Path, name
     assert real.dtype == torch.float32
 
 
+def test_z_image_latents_are_the_mode_shifted_and_scaled(root: Path) -> None:
+    family, image = z_image(root, view="none"), picture(32, 32, 0)
+    latents = family.encode([Example("a", image)])[0]["latents"]
+    vae = ZImagePipeline.from_pretrained(str(root / "z-image")).vae
+    with torch.no_grad():
+        mode = vae.encode(2 * image[None] - 1).latent_dist.mode()[0]
+    torch.testing.assert_close(latents, (mode - 0.1159) * 0.3611)
+
+
+def test_the_vlm_sees_pixels_that_are_not_scaled_down_twice(root: Path) -> None:
+    family, image = z_image(root, vlm_min_pixels=64 * 64), picture(64, 64, 0)
+    seen: list[Tensor] = []
+    with family.using("vlm") as vlm:
+        hook = vlm.visual.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        qwen_vl.embed(vlm, family._processor, "a", image, pixels=(64 * 64, 64 * 64))
+        hook.remove()
+    settings = family._processor.image_processor
+    shift, scale = (
+        torch.tensor(v)[:, None, None] for v in (settings.image_mean, settings.image_std)
+    )
+    expected = (image - shift) / scale
+    # patches repeat each frame twice
+    torch.testing.assert_close(seen[0].mean(), expected.mean(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[0].std(), expected.std(), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_that_lacks_what_the_view_shows_is_named(root: Path, name: str) -> None:
     family = family_of(name, root)

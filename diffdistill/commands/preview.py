@@ -20,6 +20,9 @@ from diffdistill.sampling import inference, save_grid
 from diffdistill.session import Session
 from diffdistill.types import Batch, Example
 
+CLEARLY = 0.95
+"""The share of the student's error that the teacher's must stay under; the number is ours."""
+
 
 class Comparison(NamedTuple):
     """One example: what it should be, and what both sides make of it from the same noise.
@@ -117,16 +120,16 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     teacher = sum(c.teacher for c in comparisons) / count
     closer = sum(c.teacher < c.student for c in comparisons)
     numbers = f"mean squared error {teacher:.4g} against {student:.4g}, closer in {closer}/{count}"
-    if teacher < student:
+    if teacher < CLEARLY * student:
         return (
             f"The teacher, shown the target, is closer to it than the student ({numbers}): there "
             "is something to learn. Check the picture: the student will also learn whatever the "
             "teacher gets wrong, such as its framing."
         )
     return (
-        f"WARNING: the teacher, shown the target, is no closer to it than the student ({numbers}). "
-        "D-OPSD cannot work with this view: it teaches no more than the teacher can reproduce. "
-        "Choose another family.view, model or data, and preview again."
+        "WARNING: the teacher, shown the target, is not clearly closer to it than the student "
+        f"({numbers}). D-OPSD cannot work with this view: it teaches no more "
+        "than the teacher can reproduce. Choose another family.view, model or data, and try again."
     )
 
 

@@ -84,8 +84,8 @@ def _digit_groups(
             raise UserError(f"evaluate.groups.{name} has no classes")
         if len(classes) * num_images <= NUM_FEATURES:
             raise UserError(
-                f"evaluate.groups.{name}: a Frechet distance needs more than {NUM_FEATURES} images, "
-                f"not {len(classes)} x {num_images}: raise evaluate.num_images"
+                f"evaluate.groups.{name}: a Frechet distance needs more than {NUM_FEATURES} "
+                f"images, not {len(classes)} x {num_images}: raise evaluate.num_images"
             )
         encoded = encode_prompts(session, [prompts[label] for label in classes], size)
         measure = _digit_measure(judge, classes, num_images)
