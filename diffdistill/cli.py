@@ -101,8 +101,10 @@ def preview(
     """Draw what the teacher makes of your data, before any training."""
     from diffdistill.commands.preview import preview as command
 
-    options = {"num_examples": num_examples, "seed": seed, "output": output}
-    typer.echo(command(source, overrides=overrides or [], **options))
+    text = command(
+        source, num_examples=num_examples, seed=seed, output=output, overrides=overrides or []
+    )
+    typer.echo(text)
 
 
 @app.command()
@@ -116,8 +118,10 @@ def evaluate(
     """Measure quality against the number of sampling steps."""
     from diffdistill.commands.evaluate import evaluate as command
 
-    options = {"suite": suite, "checkpoint": checkpoint, "output": output}
-    typer.echo(command(source, overrides=overrides or [], **options))
+    text = command(
+        source, suite=suite, checkpoint=checkpoint, output=output, overrides=overrides or []
+    )
+    typer.echo(text)
 
 
 @app.command()

@@ -7,7 +7,7 @@ family or method class, and the settings classes below. An unknown key is an err
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from inspect import getdoc
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -254,18 +254,26 @@ def options_model(cls: type) -> type[BaseModel]:
             default = {"default_factory": item.default_factory}
         else:
             continue
-        note = notes.get(item.name)
-        definitions[item.name] = (hints[item.name], Field(description=note, **default))
+        info = Field(description=notes.get(item.name), ge=_smallest(item.name), **default)
+        definitions[item.name] = (hints[item.name], info)
     return create_model(
         cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **definitions
     )
 
 
+def _smallest(name: str) -> int | None:
+    """Return 1 for what is a count or a period by its name, ``num_x`` and ``x_every``."""
+    return 1 if name.startswith("num_") or name.endswith("_every") else None
+
+
 def attribute_notes(cls: type) -> dict[str, str]:
-    """Return the description of each field from the "Attributes:" part of the docstring."""
-    _, _, part = (getdoc(cls) or "").partition("Attributes:\n")
-    pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", part, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in pairs}
+    """Return the description of each field from the "Attributes:" parts of the docstrings."""
+    notes: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, part = cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", part, flags=re.MULTILINE)
+        notes |= {name: " ".join(text.split()) for name, text in pairs}
+    return notes
 
 
 def parse_options(cls: type, values: Any, where: str) -> dict[str, Any]:

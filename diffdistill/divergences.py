@@ -40,9 +40,7 @@ def distribution_matching(
     return 0.5 * (sample - target).square()
 
 
-def masked_mean(
-    error: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
-) -> Tensor:
+def masked_mean(error: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Return the mean of ``error`` as a scalar.
 
     Args:

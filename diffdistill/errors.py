@@ -5,7 +5,7 @@ class UserError(ValueError):
     """Something the user gave is wrong. The message says what, where and what to do."""
 
 
-class MissingExtra(UserError):
+class MissingExtra(UserError):  # noqa: N818 - says what is missing
     """A feature needs a package that is not installed."""
 
     def __init__(self, package: str, feature: str, extra: str | None = None) -> None:

@@ -28,5 +28,5 @@ class Method(ABC):
         """Return what a checkpoint must keep besides weights, as JSON values."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most keep no state
         """Take back what ``state`` returned."""

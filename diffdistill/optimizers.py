@@ -1,6 +1,7 @@
 """The optimizers a config can name."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def make_optimizer(
     Raises:
         MissingExtra: If an 8-bit optimizer is asked for and bitsandbytes is not installed.
     """
-    options = {
+    options: dict[str, Any] = {
         "lr": lr,
         "betas": tuple(settings.betas),
         "eps": settings.eps,

@@ -7,13 +7,14 @@ import torch
 from diffdistill.data.cache import EncodedDataset
 from diffdistill.sampling import (
     NUM_ROLLOUTS,
+    encode_examples,
     encode_prompts,
     generate,
     rollout_figure,
     save_grid,
 )
 from diffdistill.session import Session
-from diffdistill.types import Batch
+from diffdistill.types import Batch, Example
 
 NUM_PROMPTS = 8
 
@@ -39,14 +40,23 @@ class Painter:
         self.folder = output / "samples"
         self.main = main
         if self.settings.every is not None:
-            found = list(dict.fromkeys(encoded.dataset.prompts))[:NUM_PROMPTS]
             self.size = self.settings.size or encoded.dataset.buckets[0]
-            self.prompts = encode_prompts(session, self.settings.prompts or found, self.size)
+            if self.settings.prompts:
+                self.prompts = encode_prompts(session, self.settings.prompts, self.size)
+            else:
+                self.prompts = encode_examples(session, self._distinct())
+
+    def _distinct(self) -> list[Example]:
+        """Return the first examples with different prompts, of the size of the first."""
+        dataset = self.encoded.dataset
+        first = {p: i for i, p in reversed(list(enumerate(dataset.prompts)))}
+        alike = [i for i in sorted(first.values()) if dataset.groups[i] == dataset.groups[0]]
+        return [dataset[index] for index in alike[:NUM_PROMPTS]]
 
     def after_step(self, step: int) -> list[tuple[str, Path]]:
         """Return name and file of each picture drawn after ``step``."""
         every, total = self.settings.every, self.session.config.train.steps
-        if every is None or (step % every and step != total and step != 1):
+        if every is None or (step % every and step not in {1, total}):
             return []
         drawn = [("samples", self._samples(step))]
         if self.settings.rollouts and "num_steps" in self.session.config.method:

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class RoleSettings:
 class Caller(Protocol):
     """What a role needs of its family."""
 
-    adapter_targets: tuple[str, ...]
+    adapter_targets: ClassVar[tuple[str, ...]]
 
     def network(self, path: str | None = None) -> nn.Module:
         """Return a freshly loaded network, of the family's checkpoint or of another."""
@@ -141,16 +141,18 @@ class Role:
 
     @contextmanager
     def _acting(self, device: torch.device) -> Iterator[None]:
-        layers = _layers_of(self.network)
+        layers = layers_of(self.network)
         enabled = self.autocast is not None
+        learns = torch.is_grad_enabled() and self.settings.weights != "live"
         with (
             active(layers, self.adapter),
+            torch.set_grad_enabled(learns),
             torch.autocast(device.type, dtype=self.autocast, enabled=enabled),
         ):
             yield
 
 
-def _layers_of(network: nn.Module) -> list[Any]:
+def layers_of(network: nn.Module) -> list[Any]:
     """Return the adapter layers of ``network``, found once."""
     layers = network.__dict__.get("_diffdistill_layers")
     if layers is None:
@@ -172,7 +174,7 @@ def enable_checkpointing(network: nn.Module) -> None:
         raise UserError(f"{type(network).__name__} has no gradient checkpointing")
 
     def run(block: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = _layers_of(network)
+        layers = layers_of(network)
         name = layers[0]._active_adapter[0] if layers and layers[0]._active_adapter else None
 
         def block_as_called(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +183,8 @@ def enable_checkpointing(network: nn.Module) -> None:
 
         return checkpoint(block_as_called, *args, use_reentrant=False, **kwargs)
 
-    network.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+    enable: Any = network.enable_gradient_checkpointing
+    enable(gradient_checkpointing_func=run)
 
 
 @dataclass
@@ -325,7 +328,8 @@ def _add_lora(
 
 
 def _new_head(network: nn.Module, seed: int) -> Head:
-    width = getattr(network, "inner_dim", None) or network.config.dim  # type: ignore[union-attr]
+    described: Any = network
+    width = getattr(network, "inner_dim", None) or described.config.dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = Head(int(width))
@@ -342,6 +346,14 @@ def copy_parameters(source: Role, target: Role) -> None:
 
 def _check(settings: Mapping[str, RoleSettings]) -> None:
     for name, chosen in settings.items():
+        for option, fine, range_ in (
+            ("rank", chosen.rank >= 1, "at least 1"),
+            ("dropout", 0 <= chosen.dropout < 1, "in [0, 1)"),
+            ("decay", 0 <= chosen.decay <= 1, "in [0, 1]"),
+        ):
+            if not fine:
+                given = getattr(chosen, option)
+                raise UserError(f"roles.{name}.{option} must be {range_}, not {given}")
         if chosen.weights not in ("ema", "live"):
             continue
         followed = settings.get(chosen.of)

@@ -14,7 +14,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.method import Method
 from diffdistill.pipelines.flow import FlowFamily
-from diffdistill.roles import RoleSettings, Roles, build_roles, enable_checkpointing
+from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -70,6 +70,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     """
     device = device or default_device()
     family = build_family(config.family, device)
+    _check_quantized(config)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, seed=config.train.seed)
     for role in roles.by_name.values():
@@ -82,6 +83,18 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
             network.compile()
     method = _wire(config, family, roles, draws)
     return Session(config, family, roles, method, draws, device)
+
+
+def _check_quantized(config: RunConfig) -> None:
+    """Refuse to train weights that are stored rounded."""
+    stored = config.family.get("quantize", "none")
+    for name, role in config.roles.items():
+        if stored != "none" and role.weights == "trained" and role.adapter == "none":
+            raise UserError(
+                f"family.quantize: {stored} stores the network rounded, so roles.{name} cannot "
+                "train all of it: set roles."
+                f"{name}.adapter: lora, or family.quantize: none"
+            )
 
 
 def _resolved(settings: Mapping[str, RoleSettings]) -> dict[str, RoleSettings]:

@@ -95,7 +95,11 @@ class WandB:
             raise MissingExtra("wandb", "tracking.wandb", "wandb") from None
         self.wandb: Any = wandb
         self.run: Any = wandb.init(
-            project=project, name=folder.name, dir=folder, config=config.to_dict(), resume="allow",
+            project=project,
+            name=folder.name,
+            dir=folder,
+            config=config.to_dict(),
+            resume="allow",
             id=folder.name,
         )
 

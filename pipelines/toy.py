@@ -70,9 +70,7 @@ class Toy(FlowFamily):
         self, examples: Sequence[Example], *, privileged: bool = True
     ) -> list[dict[str, Tensor]]:
         """Return the number of each prompt, and its image as latents."""
-        return [
-            {"prompt": torch.tensor(float(e.prompt)), "latents": _image(e)} for e in examples
-        ]
+        return [{"prompt": torch.tensor(float(e.prompt)), "latents": _image(e)} for e in examples]
 
     def collate(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
         """Return the stacked tensors of the examples on the device."""

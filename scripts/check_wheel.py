@@ -45,9 +45,7 @@ def main() -> None:
         venv.create(work / "fresh", with_pip=True)
         python = work / "fresh" / "bin" / "python"
         (wheel,) = (work / "dist").glob("*.whl")
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True
-        )
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
         site = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
             check=True,

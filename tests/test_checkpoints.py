@@ -39,7 +39,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match="no usable checkpoint.*has changed since"):
+    with pytest.raises(UserError, match=r"no usable checkpoint.*has changed since"):
         kept.load()
 
 
@@ -47,7 +47,7 @@ def test_a_damaged_checkpoint_that_is_named_is_an_error(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
     kept.save(1, snapshot(1))
     (kept.save(2, snapshot(2)) / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="damaged checkpoint .*step-000002"):
+    with pytest.raises(UserError, match=r"damaged checkpoint .*step-000002"):
         kept.load("step-000002")
     assert value_of(kept.load("step-000001")[0]) == 1.0
 
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no usable checkpoint"):
         Checkpoints(tmp_path).load()
-    with pytest.raises(UserError, match="no checkpoint .*step-000009"):
+    with pytest.raises(UserError, match=r"no checkpoint .*step-000009"):
         Checkpoints(tmp_path).load("step-000009")
 
 
@@ -81,7 +81,9 @@ def test_weights_of_another_shape_or_name_are_those_of_another_model(tmp_path: P
     own = {name: parameter.detach() for name, parameter in role.parameters().items()}
     with pytest.raises(UserError, match=r"of another model.*is \(7,\), here \(2, 3\)"):
         load_role(role, own | {"mix.lora_A.weight": torch.zeros(7)}, "there")
-    with pytest.raises(UserError, match="there: a checkpoint of another model.*1 weights.*'other'"):
+    with pytest.raises(
+        UserError, match=r"there: a checkpoint of another model.*1 weights.*'other'"
+    ):
         load_role(role, own | {"other": torch.zeros(1)}, "there")
 
 

@@ -289,7 +289,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_metadata_in_a_deeper_folder_is_pointed_at(tmp_path: Path) -> None:
     write_metadata(tmp_path / "train", {"file_name": "a.png", "text": "red"})
-    with pytest.raises(UserError, match="has its metadata in .*train: give that"):
+    with pytest.raises(UserError, match=r"has its metadata in .*train: give that"):
         open_small(tmp_path)
 
 
@@ -527,7 +527,7 @@ def test_a_damaged_image_of_a_source_is_named_by_row_and_column(tmp_path: Path) 
 def test_a_source_without_the_column_names_those_it_has(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('{"prompt": "a cat"}')
     options: dict[str, Any] = {"source": "json", "files": ["d.json"], "resolution": 32}
-    with pytest.raises(UserError, match="no column 'image', only prompt; data.image_column=null"):
+    with pytest.raises(UserError, match=r"no column 'image', only prompt; data.image_column=null"):
         open_dataset(DataSettings(**options), tmp_path)
     prompts = DataSettings(**options, image_column=None, prompt_column="prompt")
     assert open_dataset(prompts, tmp_path).prompts == ["a cat"]
@@ -536,7 +536,7 @@ def test_a_source_without_the_column_names_those_it_has(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("hub_cache")
 def test_a_source_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     settings = DataSettings(source="json", files=["gone.json"])
-    with pytest.raises(UserError, match="cannot load data.source 'json'"):
+    with pytest.raises(UserError, match=r"cannot load data.source 'json'"):
         open_dataset(settings, tmp_path)
 
 

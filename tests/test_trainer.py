@@ -22,7 +22,10 @@ from tests.toy_run import losses, make_data, toy_config, toy_values
 def batches(session: Any, size: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)
     data = [
-        {"prompt": torch.rand((), generator=generator), "latents": torch.rand(3, 4, 4, generator=generator)}
+        {
+            "prompt": torch.rand((), generator=generator),
+            "latents": torch.rand(3, 4, 4, generator=generator),
+        }
         for _ in range(8)
     ]
     first = 0

@@ -22,7 +22,9 @@ def listing(kind: str | None = None) -> str:
     """
     kinds = [*KINDS, "configs"]
     if kind is not None and kind not in kinds:
-        raise UserError(f"nothing to list called {kind!r}{catalog.near(kind, dict.fromkeys(kinds))}")
+        raise UserError(
+            f"nothing to list called {kind!r}{catalog.near(kind, dict.fromkeys(kinds))}"
+        )
     parts = []
     for name in kinds if kind is None else [kind]:
         lines = bundled_configs() if name == "configs" else _described(KINDS[name])

@@ -144,7 +144,7 @@ def _table(comparisons: Sequence[Comparison]) -> str:
 
 def _numbers(error: float) -> tuple[str, str]:
     """Return a mean squared error, and the same in dB against the full range of pixels."""
-    return f"{error:.4f}", f"{-10.0 * torch.tensor(error).log10().item():.1f} dB"
+    return f"{error:.4g}", f"{-10.0 * torch.tensor(error).log10().item():.1f} dB"
 
 
 def _closer(comparison: Comparison) -> str:

@@ -80,9 +80,7 @@ class Run(NamedTuple):
     painter: Painter
 
 
-def _assemble(
-    config: RunConfig, output: Path, resume: str | None, distributed: Distributed
-) -> Run:
+def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
     session = build(config, distributed.device)
     encoded = _encoded(session, output, distributed)
@@ -110,7 +108,6 @@ def _encoded(session: Session, output: Path, distributed: Distributed) -> Encode
         _say(distributed, f"skipped: {problem}")
     folder = Path(data.cache) if data.cache else output / "cache"
     encoded = EncodedDataset(dataset, session.family, folder)
-
 
     def progress(done: int, total: int) -> None:
         _say(distributed, f"encoded {done}/{total}")
@@ -165,8 +162,8 @@ def _signals() -> Iterator[list[int]]:
         caught.append(number)
 
     before: dict[int, Any] = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        before[kind] = signal.signal(kind, handle)
     try:
         yield caught
     finally:

@@ -79,7 +79,9 @@ class DMD(Method):
     gan_critic_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check that the adversarial term has its head."""
+        """Check that the critic is trained, and that the adversarial term has its head."""
+        if self.ratio == "alternating" and self.student_every == 1:
+            raise ValueError("ratio alternating with student_every 1 never trains the critic")
         if self.gan_weight > 0 and getattr(self.critic, "head", None) is None:
             raise ValueError("gan_weight above 0 needs roles.critic.head: true")
 

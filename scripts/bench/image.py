@@ -29,7 +29,7 @@ from diffdistill.adapters import active
 from diffdistill.config import parse_config
 from diffdistill.distributed import Distributed
 from diffdistill.estimates import nbytes, saved_tensors
-from diffdistill.roles import Role, _layers_of
+from diffdistill.roles import Role, layers_of
 from diffdistill.session import Session, build
 from diffdistill.trainer import Trainer
 from diffdistill.types import Batch, State
@@ -44,7 +44,10 @@ SMALL = {
     "joint_attention_dim": 256,
     "axes_dims_rope": (16, 16, 16, 16),
 }
-FULL = {"klein-4b": ("flux2-klein", Flux2Transformer2DModel), "z-image": ("z-image", ZImageTransformer2DModel)}
+FULL = {
+    "klein-4b": ("flux2-klein", Flux2Transformer2DModel),
+    "z-image": ("z-image", ZImageTransformer2DModel),
+}
 KLEIN_4B = {
     "num_layers": 5,
     "num_single_layers": 20,
@@ -147,7 +150,7 @@ def bare_calls(session: Session, batch: Batch, num_steps: int) -> Callable[[], N
     x = torch.randn(batch["latents"].shape, device=session.device)
     levels = family.grid(num_steps, x.shape[1:]).tolist()[:-1]
     states = [State(x, torch.full((len(x),), level, device=x.device)) for level in levels]
-    layers = _layers_of(student.network)
+    layers = layers_of(student.network)
     dtype = student.autocast
 
     def call(role: Role, state: State, condition: Any) -> torch.Tensor:
@@ -179,9 +182,7 @@ def peak_bytes(trainer: Trainer) -> int:
     with saved_tensors(addresses) as saved:
         trainer.train_step()
     weights = nbytes(p for m in modules for p in m.parameters())
-    trained = sum(
-        nbytes(iter(r.parameters().values())) for r in trainer.session.roles.trained()
-    )
+    trained = sum(nbytes(iter(r.parameters().values())) for r in trainer.session.roles.trained())
     return saved.peak + weights + 3 * trained  # gradients and two moments
 
 

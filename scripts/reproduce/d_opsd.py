@@ -53,7 +53,12 @@ ARMS = {
 MEASURED = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of the training steps at which a run is measured."""
 
-PICTURED = ("a handwritten three", "a handwritten five", "a handwritten eight", "a handwritten nine")
+PICTURED = (
+    "a handwritten three",
+    "a handwritten five",
+    "a handwritten eight",
+    "a handwritten nine",
+)
 
 
 class Job(NamedTuple):

@@ -1,0 +1,67 @@
+"""``diffdistill export``: trained weights for other programs."""
+
+from pathlib import Path
+
+from diffdistill import catalog
+from diffdistill.checkpoints import restore, role_tensors
+from diffdistill.errors import UserError
+from diffdistill.pipelines.exporting import (
+    export_comfy_lora,
+    export_lora,
+    export_pipeline,
+    export_single_file,
+)
+from diffdistill.pipelines.latent import LatentFamily
+from diffdistill.roles import Role
+
+LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora")
+
+
+def export(
+    run: Path,
+    output: Path,
+    *,
+    layout: str = "auto",
+    role: str = "student",
+    checkpoint: str = "latest",
+) -> Path:
+    """Export a role of a run and return what was written.
+
+    Args:
+        run: The run's folder.
+        output: A folder for ``lora`` and ``pipeline``, a file for the others.
+        layout: ``lora`` is what diffusers' ``load_lora_weights`` reads; ``pipeline`` a complete
+            diffusers folder; ``single-file`` the transformer in the original key layout, which
+            ComfyUI reads; ``comfyui-lora`` a LoRA in that layout; ``auto`` is ``lora`` for an
+            adapter and ``pipeline`` for a fully trained network.
+        role: ``student``, or ``average`` where ``train.ema`` kept one.
+        checkpoint: Which checkpoint of the run.
+
+    Raises:
+        UserError: If the role or layout is not to be had.
+    """
+    if layout not in LAYOUTS:
+        known = dict.fromkeys(LAYOUTS)
+        raise UserError(f"no layout {layout!r}{catalog.near(layout, known)}; {', '.join(LAYOUTS)}")
+    session = restore(run, checkpoint)
+    known_roles = session.roles.by_name
+    if role not in known_roles:
+        raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
+    family = session.family
+    if not isinstance(family, LatentFamily):
+        raise UserError(f"the family {session.config.family['name']} has nothing to export to")
+    return _write(family, known_roles[role], output, layout)
+
+
+def _write(family: LatentFamily, role: Role, output: Path, layout: str) -> Path:
+    if layout == "auto":
+        layout = "pipeline" if role.adapter is None else "lora"
+    if layout in ("lora", "comfyui-lora"):
+        if role.adapter is None:
+            raise UserError(f"{role.name} was trained fully: export it as pipeline or single-file")
+        source = role.settings
+        weights = {n: t for n, t in role_tensors(role).items() if not n.startswith("head.")}
+        write = export_lora if layout == "lora" else export_comfy_lora
+        return write(family, weights, output, rank=source.rank, alpha=source.alpha)
+    write_network = export_pipeline if layout == "pipeline" else export_single_file
+    return write_network(family, role.network, output, adapter=role.adapter)
