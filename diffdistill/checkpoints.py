@@ -87,9 +87,8 @@ def load_optimizer(
     for full, value in {**tensors, **numbers}.items():
         name, _, key = full.rpartition("/")
         parameter = parameters[name]
-        if isinstance(value, Tensor) and value.ndim > 0:
-            value = like(value, parameter)
-        optimizer.state[parameter][key] = value
+        laid_out = isinstance(value, Tensor) and value.ndim > 0
+        optimizer.state[parameter][key] = like(value, parameter) if laid_out else value
 
 
 class Checkpoints:

@@ -254,16 +254,18 @@ def options_model(cls: type) -> type[BaseModel]:
             default = {"default_factory": item.default_factory}
         else:
             continue
-        info = Field(description=notes.get(item.name), ge=_smallest(item.name), **default)
+        smallest = _smallest(item.name, hints[item.name])
+        info = Field(description=notes.get(item.name), ge=smallest, **default)
         definitions[item.name] = (hints[item.name], info)
     return create_model(
         cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **definitions
     )
 
 
-def _smallest(name: str) -> int | None:
-    """Return 1 for what is a count or a period by its name, ``num_x`` and ``x_every``."""
-    return 1 if name.startswith("num_") or name.endswith("_every") else None
+def _smallest(name: str, hint: Any) -> int | None:
+    """Return 1 for a whole number that is a count or a period by its name."""
+    named = name.startswith("num_") or name.endswith("_every")
+    return 1 if named and hint in (int, int | None) else None
 
 
 def attribute_notes(cls: type) -> dict[str, str]:

@@ -47,7 +47,7 @@ SUFFIX = (
     "Make the main subject (facial/ip details), background, and overall composition "
     "consistent with the reference image."
 )
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGITS = "zero one two three four five six seven eight nine".split()
 TRAINED = tuple(range(8))
 UNSEEN = (8, 9)
 SIZE = 8
@@ -58,7 +58,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|user|>"
     "{% if message['content'] | trim %} {{ message['content'] | trim }}{% endif %}{% endfor %}"
 )
-OTHER_WORDS = ["an", "the", "of", "with", "and", "in", "on", "photo", "picture", "drawing", "sketch", "letter", "symbol", "sign", "shape", "mark", "digit", "number", "figure", "glyph", "line", "dot", "cross", "circle", "square", "star", "cat", "dog", "bird", "fish", "horse", "tree", "flower", "house", "car", "boat", "chair", "table", "cup", "book", "clock", "key", "hat", "shoe", "apple", "pear", "lamp", "door", "window", "cloud", "sun", "moon", "hill", "river", "printed", "painted", "scanned", "written", "thin", "thick", "bold", "small", "large", "tilted", "black", "white", "grey", "red", "green", "blue", "ten", "eleven", "twelve", "alpha", "beta", "gamma", "delta", "omega"]
+OTHER_WORDS = (
+    "an the of with and in on photo picture drawing sketch letter symbol sign shape mark digit "
+    "number figure glyph line dot cross circle square star cat dog bird fish horse tree flower "
+    "house car boat chair table cup book clock key hat shoe apple pear lamp door window cloud sun "
+    "moon hill river printed painted scanned written thin thick bold small large tilted black "
+    "white grey red green blue ten eleven twelve alpha beta gamma delta omega"
+).split()
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono")
 GLYPHS = (
     "01234567abcdefghijklmnopqrstuvwxyzACDEFGHIJKLMNOPQRSTUVWXYZ#$%&?!@+*/=<>~^()[]{}"
