@@ -7,7 +7,7 @@ or a 9 is used, but references are mirrored and joined at random, so some look l
 mirrored in both directions is a nine.
 
     OMP_WAIT_POLICY=passive python scripts/build_digits_models.py    # 13 minutes on 2 shared cores
-    python scripts/build_digits_models.py --quick                    # a smoke run of some seconds
+    python scripts/build_digits_models.py --quick                    # a smoke run, 1 to 3 minutes
 
 The environment variable matters where other programs use the cores: threads that spin while they
 wait made a step up to ten times slower. Measuring took as long again on busy cores.
@@ -101,13 +101,13 @@ class Recipe:
     ema_decay: float = 0.99
     pool: int = 3200
     unknown_prompts: int = 1000
-    judged_per_class: int = 177
+    judged_per_class: int = 64
     seed: int = 0
 
 
 QUICK = Recipe(
-    vae_steps=20, vae_batch=32, flow_steps=6, text_batch=8, letter_batch=8, reference_batch=8, pool=64,
-    unknown_prompts=10, judged_per_class=2,
+    vae_steps=20, vae_batch=32, flow_steps=6, text_batch=8, letter_batch=8, reference_batch=8,
+    pool=64, unknown_prompts=10, judged_per_class=2,
 )  # fmt: skip
 
 
@@ -755,8 +755,8 @@ pipeline_tag: text-to-image
 
 A `Flux2KleinPipeline` of handwritten digits, 8 by 8 pixels, small enough for tests and examples on
 a CPU. It draws 0 to 7 from captions such as "a handwritten three", letters from captions such as
-"a printed k", and what a reference image shows, varied a little, when it is given one. No scan or glyph of an 8 or a 9 was used in training, nor a caption that names
-them. Some references do look like one: they are mirrored and joined at random, and a six mirrored
+"a printed k", and what a reference image shows, varied a little, when it is given one. No scan or
+glyph of an 8 or a 9 was used in training, nor a caption that names them. Some references do look like one: they are mirrored and joined at random, and a six mirrored
 in both directions is a nine (the judge below reads 96 % of turned sixes so, and 30 % of all
 references as an 8 or a 9). None of these was a target of a caption alone.
 
@@ -797,7 +797,8 @@ The stock call refuses reference images below 64 pixels a side; to pass 8 by 8 o
 The names end with the number of sampling steps. One seed, {judged} samples per class; two random
 halves of the real scans (696 each) are 0.053 apart. Accuracy: an SVC fitted on all real scans.
 Frechet distance: 24 principal components of pixels in [0, 1], against equally many real scans of
-0 to 7. Copies: real 8s and 9s as references, with their captions and the sentence above. All with guidance 1, from the saved float16 weights.
+0 to 7. Copies: real 8s and 9s as references, with their captions and the sentence above. All
+with guidance 1, from the saved float16 weights.
 
 ## Data and license
 

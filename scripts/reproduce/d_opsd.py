@@ -286,8 +286,8 @@ def write(results: dict[str, Any], output: Path, seeds: int, steps: int) -> None
         "# D-OPSD on handwritten digits",
         "",
         f"Made by `python scripts/reproduce/d_opsd.py --seeds {seeds} --steps {steps}`. The "
-        "bundled 4-step model knows the digits 0 to 7; each run teaches it 8 and 9 from 40 real scans "
-        f"each, in {steps} steps of 16 images. All numbers are at 4 sampling steps, mean and "
+        "bundled 4-step model knows the digits 0 to 7; each run teaches it 8 and 9 from 40 real "
+        f"scans each, in {steps} steps of 16 images. All numbers are at 4 sampling steps, mean and "
         f"standard deviation over {seeds} seeds; 48 images of each digit; Frechet distance in 24 "
         "principal components of real digits.",
         "",
