@@ -756,9 +756,9 @@ pipeline_tag: text-to-image
 A `Flux2KleinPipeline` of handwritten digits, 8 by 8 pixels, small enough for tests and examples on
 a CPU. It draws 0 to 7 from captions such as "a handwritten three", letters from captions such as
 "a printed k", and what a reference image shows, varied a little, when it is given one. No scan or
-glyph of an 8 or a 9 was used in training, nor a caption that names them. Some references do look like one: they are mirrored and joined at random, and a six mirrored
-in both directions is a nine (the judge below reads 96 % of turned sixes so, and 30 % of all
-references as an 8 or a 9). None of these was a target of a caption alone.
+glyph of an 8 or a 9 was used in training, nor a caption that names them. Some references do look
+like one: they are mirrored and joined at random, and a six mirrored in both directions is a nine.
+None of these was a target of a caption alone.
 
 Made by `scripts/build_digits_models.py` (seed {seed}), from scratch and offline:
 
