@@ -1,3 +1,3 @@
-"""diffdistill: distillation of diffusion models, and of language models, through one objective."""
+"""diffdistill: distillation of diffusion models through one objective."""
 
 __version__ = "0.1.0"

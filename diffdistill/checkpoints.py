@@ -111,9 +111,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             _write_files(aside, snapshot)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(aside, final)
+            _replace(aside, final)
             write_atomic(self.folder / "latest", final.name.encode())
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -125,7 +123,8 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Return the names of all complete checkpoints, oldest first."""
-        return sorted(p.name for p in self.folder.glob("step-*") if p.is_dir())
+        found = (p.name for p in self.folder.glob("step-*") if p.is_dir())
+        return sorted(found, key=lambda name: int(name.removeprefix("step-")))
 
     def load(self, which: str = "latest") -> tuple[Snapshot, Path, list[str]]:
         """Return a verified checkpoint, its folder, and what was wrong with newer ones.
@@ -151,13 +150,30 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed run left half written."""
-        for path in self.folder.glob(".writing-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for pattern in (".writing-*", ".replaced-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def abandon_after(self, step: int) -> None:
+        """Rename checkpoints later than ``step``, where a run goes on, to ``abandoned-*``."""
+        for name in self.names():
+            if int(name.removeprefix("step-")) > step:
+                _replace(self.folder / name, self.folder / f"abandoned-{name}")
 
     def _retain(self) -> None:
         if self.keep is not None:
             for name in self.names()[: -self.keep]:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a folder to a name that another may have; one of them is always there."""
+    old = target.with_name(f".replaced-{target.name}")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(run: Path, which: str = "latest", device: torch.device | None = None) -> Session:

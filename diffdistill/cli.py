@@ -9,7 +9,7 @@ import typer
 from diffdistill.errors import UserError
 
 app = typer.Typer(
-    help="Distil diffusion models and language models.",
+    help="Distil diffusion models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

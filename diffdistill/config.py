@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     create_model,
@@ -63,16 +64,16 @@ class TrainSettings:
     lr: NonNegativeFloat = 1e-4
     optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
     schedule: LearningRateSchedule = "constant"
     warmup: NonNegativeInt = 0
-    clip: float | None = 1.0
+    clip: PositiveFloat | None = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     accumulate: PositiveInt = 1
     save_every: PositiveInt = 500
-    keep: int | None = 3
+    keep: PositiveInt | None = 3
     log_every: PositiveInt = 10
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -89,12 +90,12 @@ class SampleSettings:
         prompts: What to draw; empty takes the first prompts of the data.
         num_steps: Sampling steps.
         num_images: Images for each prompt.
-        size: ``(H, W)`` in pixels; None takes the first bucket of the data.
+        size: ``(H, W)`` in pixels, for ``prompts``; None takes the first bucket of the data.
         seed: Seed of the noise.
         rollouts: Also draw student and teacher side by side at each rollout state.
     """
 
-    every: int | None = None
+    every: PositiveInt | None = None
     prompts: list[str] = field(default_factory=list)
     num_steps: PositiveInt = 4
     num_images: PositiveInt = 1
@@ -199,6 +200,8 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     if sections["train"].ema is not None:
         average = {"weights": "ema", "of": "student", "decay": sections["train"].ema}
         roles["average"] = parse(RoleSettings, average, f"{origin}: train.ema")
+    elif "average" in given_roles:
+        raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
     evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
     return RunConfig(family=family, method=method, roles=roles, evaluate=evaluate, **sections)
 

@@ -4,6 +4,7 @@ Gradients are reduced by us, once per optimizer step, instead of by DistributedD
 a method may back-propagate several losses into several roles of one network per step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -58,14 +59,11 @@ class Distributed:
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], count: float) -> None:
         """Turn gradients of sums into those of the mean over ``count`` things on all ranks."""
-        if self.sharded:
-            scale = self.world / count  # FSDP2 has averaged over ranks already
-        else:
-            scale = 1.0 / count
-            self._sum_over_ranks(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, scale)
+        sharded = [p for p in parameters if isinstance(p, DTensor)]
+        copied = [p for p in parameters if not isinstance(p, DTensor)]
+        self._sum_over_ranks(copied)
+        scale_gradients(copied, 1.0 / count)
+        scale_gradients(sharded, self.world / count)  # FSDP2 has averaged over ranks already
 
     def _sum_over_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.world == 1:
@@ -83,7 +81,7 @@ class Distributed:
         """Return the sum of each scalar over all ranks; the keys must agree."""
         if not values:
             return {}
-        stacked = torch.stack([value.detach().double() for value in values.values()])
+        stacked = torch.stack([value.detach().float() for value in values.values()])
         if self.world > 1:
             stacked = self.accelerator.reduce(stacked, "sum")
         return dict(zip(values, stacked.tolist(), strict=True))
@@ -102,6 +100,33 @@ class Distributed:
     def close(self) -> None:
         """Leave the process group."""
         self.accelerator.end_training()
+
+
+def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Multiply gradients of one kind, all sharded or none, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+    """Return the norm of all gradients; scale them where it is above ``limit``.
+
+    Sharded and copied parameters may be mixed, which torch's own function refuses.
+    """
+    kinds = (
+        [p for p in parameters if isinstance(p, DTensor)],
+        [p for p in parameters if not isinstance(p, DTensor)],
+    )
+    norms = []
+    for kind in kinds:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
+        norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+    total = math.hypot(*norms)
+    if limit is not None and total > limit:
+        for kind in kinds:
+            scale_gradients(kind, limit / total)
+    return total
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -24,6 +24,10 @@ class Method(ABC):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield each loss in turn. The trainer back-propagates one before asking for the next."""
 
+    def needs_images(self) -> bool:
+        """Return whether every example must have an image."""
+        return False
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep besides weights, as JSON values."""
         return {}

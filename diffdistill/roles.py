@@ -7,7 +7,7 @@ Methods see only the call; whether roles share one base is decided here, from th
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -114,7 +114,8 @@ class Role:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""
         assert self.head is not None, f"role {self.name} has no head"
         with self._acting(state.x.device):
-            return self.head(self.family.features(self.network, state, condition)).float()
+            features = self.family.features(self.network, state, condition)
+            return self.head(features.float()).float()
 
     @property
     def trained(self) -> bool:
@@ -302,10 +303,14 @@ def _loaded(
 
 
 def _averaged(name: str, chosen: RoleSettings, family: Caller, source: Role) -> Role:
+    form = source.settings
+    chosen = replace(
+        chosen, adapter=form.adapter, rank=form.rank, alpha=form.alpha, targets=form.targets
+    )
     if source.adapter is None:
         network = copy.deepcopy(source.network)
         return Role(name, chosen, family, network)
-    _add_lora(source.network, name, source.settings, family, seed=0)
+    _add_lora(source.network, name, chosen, family, seed=0)
     role = Role(name, chosen, family, source.network, adapter=name)
     copy_parameters(source, role)
     return role
@@ -362,4 +367,9 @@ def _check(settings: Mapping[str, RoleSettings]) -> None:
             raise UserError(
                 f"roles.{name}: weights {chosen.weights!r} of {chosen.of!r}, which is not a "
                 f"trained role; trained here: {', '.join(trained) or 'none'}"
+            )
+        if chosen.weights == "live" and followed.dropout > 0:
+            raise UserError(
+                f"roles.{name}: a live role shares the dropout of {chosen.of!r}, so its judgment "
+                f"would be noisy; set roles.{chosen.of}.dropout to 0"
             )

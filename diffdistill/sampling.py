@@ -4,7 +4,7 @@ Image ``j`` of prompt ``i`` starts from the same noise for every model and numbe
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -153,7 +153,15 @@ def generate(
             batch = prompt_batch(session, prompts, chosen)
             noise = draws.normal("sample", batch["ids"], session.family.latent_shape(batch))
             condition = session.family.condition(batch)
-            latents.append(session.family.sample(model, condition, noise, num_steps=num_steps))
+            latents.append(
+                session.family.sample(
+                    model,
+                    condition,
+                    noise,
+                    num_steps=num_steps,
+                    renoise=_renoise(session, model, batch, draws),
+                )
+            )
         pixels = [session.family.decode(part).float().cpu() for part in latents]
     session.family.release()
     return torch.cat(pixels)
@@ -168,6 +176,17 @@ def _micro_batches(
         images = list(product(together, range(num_images)))
         for start in range(0, len(images), micro_batch):
             yield images[start : start + micro_batch]
+
+
+def _renoise(
+    session: Session, model: Model, batch: Batch, draws: Draws
+) -> Callable[[int], Tensor] | None:
+    """Return the fresh noise of a student that was trained to sample with it, else None."""
+    distilled = getattr(model, "name", None) in ("student", "average")
+    if not distilled or session.config.method.get("sampler") != "renoise":
+        return None
+    shape = session.family.latent_shape(batch)
+    return lambda index: draws.normal(f"renoise/{index}", batch["ids"], shape)
 
 
 def rollout_figure(session: Session, batch: Batch, num_steps: int, seed: int) -> Grid:

@@ -79,6 +79,8 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         for network in roles.networks():
             enable_checkpointing(network)
     if config.train.compile:
+        if any(role.head is not None for role in roles.by_name.values()):
+            raise UserError("train.compile cannot be combined with a role's head: true")
         for network in roles.networks():
             network.compile()
     method = _wire(config, family, roles, draws)

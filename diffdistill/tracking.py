@@ -171,7 +171,3 @@ class Tracker:
         """Log a picture."""
         for sink in self.sinks:
             sink.picture(step, name, path)
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self.console.print(text, highlight=False, markup=False)

@@ -20,7 +20,7 @@ from diffdistill.checkpoints import (
     optimizer_tensors,
     role_tensors,
 )
-from diffdistill.distributed import Distributed
+from diffdistill.distributed import Distributed, clip_gradients
 from diffdistill.errors import UserError
 from diffdistill.optimizers import make_optimizer
 from diffdistill.schedules import learning_rate_factor
@@ -39,7 +39,8 @@ class Sums:
         """Add one loss and its metrics."""
         self._add(f"loss/{loss.role}", loss.value, loss.count)
         for name, value in loss.metrics.items():
-            self._add(f"{name}/{loss.role}", torch.as_tensor(value), loss.count)
+            metric = torch.as_tensor(value, device=loss.value.device)
+            self._add(f"{name}/{loss.role}", metric, loss.count)
 
     def _add(self, name: str, value: Tensor, count: float) -> None:
         self.values[name] = self.values.get(name, 0) + value.detach() * count
@@ -71,6 +72,7 @@ class Trainer:
         self.batches = batches
         self.distributed = distributed
         self.step = 0
+        self.samples = 0
         self.bad_steps = 0
         self.optimizers: dict[str, Optimizer] = {}
         for role in session.roles.trained():
@@ -95,6 +97,8 @@ class Trainer:
         metrics, counts = sums.means(self.distributed)
         metrics |= self._update(progress, metrics, counts)
         self.step += 1
+        batch_size = self.session.config.data.batch_size
+        self.samples += self.distributed.world * self.settings.accumulate * batch_size
         metrics["seconds"] = time.perf_counter() - started
         metrics["peak_memory_gib"] = peak_memory(self.session.device) / 2**30
         return metrics
@@ -115,7 +119,7 @@ class Trainer:
         for name in roles:
             parameters = list(self.session.roles[name].parameters().values())
             self.distributed.average_gradients(parameters, counts[f"loss/{name}"])
-            metrics[f"grad_norm/{name}"] = self._clip(parameters)
+            metrics[f"grad_norm/{name}"] = clip_gradients(parameters, self.settings.clip)
         finite = all(math.isfinite(v) for v in [*means.values(), *metrics.values()])
         self._count_bad(finite, means | metrics)
         for name in roles:
@@ -129,11 +133,6 @@ class Trainer:
         if not finite:
             metrics["skipped"] = 1.0
         return metrics
-
-    def _clip(self, parameters: list[Any]) -> float:
-        limit = math.inf if self.settings.clip is None else self.settings.clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _set_lr(self, name: str, progress: Progress) -> float:
         factor = learning_rate_factor(
@@ -175,7 +174,7 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "optimizers": numbers,
             "method": self.session.method.state(),
-            "world": self.distributed.world,
+            "samples": self.samples,
         }
         return Snapshot(tensors, state)
 
@@ -195,6 +194,7 @@ class Trainer:
             )
         self.session.method.load_state(snapshot.state["method"])
         self.step = snapshot.state["step"]
+        self.samples = snapshot.state["samples"]
         self.bad_steps = snapshot.state["bad_steps"]
 
     def run(self, after_step: Callable[[int, dict[str, float]], bool]) -> None:

@@ -126,9 +126,15 @@ class FlowFamily(ABC):
 
     @torch.no_grad()
     def sample(
-        self, student: Model, condition: Condition, noise: Tensor, *, num_steps: int
+        self,
+        student: Model,
+        condition: Condition,
+        noise: Tensor,
+        *,
+        num_steps: int,
+        renoise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Return clean latents ``[B, C, H, W]``, sampled as the family's pipeline does."""
-        walk = self.walk(student, condition, noise, num_steps=num_steps)
+        """Return clean latents ``[B, C, H, W]``; by default as the family's pipeline samples."""
+        walk = self.walk(student, condition, noise, num_steps=num_steps, renoise=renoise)
         [(state, velocity)] = deque(walk, maxlen=1)
         return clean_of(state, velocity)

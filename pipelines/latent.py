@@ -37,7 +37,8 @@ class LatentFamily(FlowFamily):
         dtype: Type of all weights; ``auto`` is bf16 on CUDA and fp32 elsewhere.
         quantize: Storage of the frozen transformer: ``nf4`` and ``int8`` (bitsandbytes, the text
             encoders too) or ``fp8`` (the transformer alone; computed in ``dtype``).
-        offload: ``encoders`` lets text encoder and VAE be on the device only while they work.
+        offload: ``encoders`` lets text encoder and VAE be on the device only while they work; a
+            quantized text encoder cannot move, and stays until all examples are encoded.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let tokenizer and processor run code from the checkpoint.
         attention: Attention kernels of the transformer. ``flash`` takes no masks.
@@ -105,7 +106,7 @@ class LatentFamily(FlowFamily):
         try:
             yield module
         finally:
-            if self.offload == "encoders":
+            if self.offload == "encoders" and not self._is_fixed(name):
                 self._move_off(name)
 
     def release(self) -> None:
@@ -121,7 +122,7 @@ class LatentFamily(FlowFamily):
 
     def _is_fixed(self, name: str) -> bool:
         """Return whether bitsandbytes keeps the module on its device."""
-        return name != "vae" and self.quantize in ("nf4", "int8")
+        return name == "text_encoder" and self.quantize in ("nf4", "int8")
 
     def _load(self, name: str) -> Any:
         if name == "vae":

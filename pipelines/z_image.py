@@ -108,8 +108,9 @@ class ZImage(LatentFamily):
             entry["latents"] = self.target_latents(example)
             encoded.append(entry)
         if view == "vlm":
-            for entry, example in zip(encoded, examples, strict=True):
-                entry["privileged_text"] = self._see(example)
+            with self.using("vlm") as vlm:
+                for entry, example in zip(encoded, examples, strict=True):
+                    entry["privileged_text"] = self._see(vlm, example)
         return encoded
 
     def _check(self, example: Example, view: str) -> None:
@@ -136,13 +137,12 @@ class ZImage(LatentFamily):
                 for prompt in prompts
             }
 
-    def _see(self, example: Example) -> Tensor:
+    def _see(self, vlm: Any, example: Example) -> Tensor:
         """Return what the VLM makes of target and prompt, ``[L, D]``, on the CPU."""
         assert example.image is not None
         image = cropped(example.image, self.multiple()).float().cpu()
         pixels = (self.vlm_min_pixels, self.vlm_max_pixels)
-        with self.using("vlm") as vlm:
-            hidden = qwen_vl.embed(vlm, self._processor, example.prompt, image, pixels=pixels)
+        hidden = qwen_vl.embed(vlm, self._processor, example.prompt, image, pixels=pixels)
         return hidden[: self.vlm_max_tokens].cpu()
 
     def collate(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:

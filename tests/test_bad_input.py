@@ -112,6 +112,15 @@ def test_an_empty_data_set_is_an_error(toy: Cli, tmp_path: Path) -> None:
     assert "empty" in toy.fails(f"data.path={tmp_path / 'empty'}")
 
 
+def test_a_method_that_needs_images_refuses_prompts_alone(toy: Cli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("0.1\n0.2\n")
+    values = yaml.safe_load(toy.config.read_text())
+    values |= {"method": {"name": "sft"}, "roles": {}}
+    toy.config.write_text(yaml.safe_dump(values))
+    line = toy.fails(f"data.path={tmp_path / 'prompts.txt'}", "data.batch_size=1")
+    assert "prompts.txt:1: method sft needs an image for every prompt" in line
+
+
 def test_a_corrupt_image_is_named_or_skipped(toy: Cli, data: Path) -> None:
     (data / "3.png").write_bytes((data / "3.png").read_bytes()[:40])
     line = toy.fails()

@@ -129,6 +129,25 @@ def test_a_lora_and_a_pipeline_are_exported(
         assert load_file(file)
 
 
+def test_an_averaged_role_is_exported_at_the_scale_it_was_trained_with(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["roles"]["student"] |= {"rank": 2, "alpha": 8}
+    values["train"]["ema"] = 0.5
+    values["sample"]["every"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    run_cli(monkeypatch, "train", tmp_path / "config.yaml", "--output", tmp_path / "run")
+    run_cli(monkeypatch, "export", tmp_path / "run", tmp_path / "lora", "--role", "average")
+    (file,) = (tmp_path / "lora").glob("*.safetensors")
+    exported = load_file(file)
+    role = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "role-average.safetensors")
+    name = next(n for n in role if n.endswith("lora_B.weight") and role[n].abs().sum() > 0)
+    module = name.removesuffix("lora_B.weight")
+    product = exported[f"transformer.{name}"] @ exported[f"transformer.{module}lora_A.weight"]
+    torch.testing.assert_close(product, 8 / 2 * role[name] @ role[f"{module}lora_A.weight"])
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [

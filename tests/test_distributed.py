@@ -57,6 +57,26 @@ def test_two_ranks_train_as_one_does(mode: str, adapter: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_a_classifier_head_is_trained_alike_on_two_ranks(mode: str, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    runs = {}
+    for name, batch_size in (("one", 4), ("two", 2)):
+        values = values_of(data, "lora", batch_size)
+        values["method"] = {"name": "dmd", "num_steps": 2, "student_every": 2, "gan_weight": 0.1}
+        values["roles"] = {"critic": {"head": True}}
+        runs[name] = values
+    train(parse_config(runs["one"]), tmp_path / "one")
+    printed = two_ranks(mode, runs["two"], tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    heads = [name for name in one if "role-critic/head" in name]
+    assert len(heads) == 6
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_sharded_run_resumes_from_its_full_checkpoint(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     values = values_of(data, "none", 2)

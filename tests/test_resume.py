@@ -1,7 +1,9 @@
+import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +138,44 @@ def test_resuming_from_an_older_checkpoint_repeats_what_came_after(
     before = losses(tmp_path)
     assert forked(lambda: train(toy_config(data), tmp_path, "step-000002")) == 0
     assert losses(tmp_path) == before == losses(reference)
+
+
+def test_work_after_an_older_checkpoint_is_kept_and_the_later_ones_are_set_aside(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, _ = whole
+    assert forked(lambda: train(toy_config(data, keep=2), tmp_path)) == 0
+    shorter = toy_config(data, keep=1, save_every=1, steps=7)
+    assert forked(lambda: train(shorter, tmp_path, "step-000006")) == 0
+    assert Checkpoints(tmp_path).names() == ["step-000007"]
+    assert Checkpoints(tmp_path).load()[0].state["step"] == 7
+    assert (tmp_path / "checkpoints" / "abandoned-step-000008").is_dir()
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 2), (2, 1), (1, 1)])
+def test_a_run_resumed_with_other_batches_goes_on_with_unseen_samples(
+    batch_size: int, accumulate: int, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, _ = whole
+    assert forked(lambda: train(toy_config(data, steps=4), tmp_path)) == 0
+    config = toy_config(data, steps=5, accumulate=accumulate)
+    config.data.batch_size = batch_size
+
+    def resume() -> None:
+        original = Trainer._accumulate
+
+        def accumulate_and_note(self: Trainer, batch: Any, *args: Any, **options: Any) -> None:
+            with (tmp_path / "ids").open("a") as file:
+                file.write(f"{batch['ids'].tolist()}\n")
+            original(self, batch, *args, **options)
+
+        Trainer._accumulate = accumulate_and_note  # type: ignore[method-assign]
+        train(config, tmp_path, "latest")
+
+    assert forked(resume) == 0
+    lines = (tmp_path / "ids").read_text().splitlines()
+    ids = [number for line in lines for number in json.loads(line)]
+    assert ids == list(range(8, 8 + batch_size * accumulate))
 
 
 def test_only_the_newest_checkpoints_are_kept(whole: tuple[Path, Path]) -> None:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from diffdistill import catalog
 from diffdistill.config import SECTIONS, attribute_notes, bundled_configs, options_model
 from diffdistill.errors import UserError
+from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.roles import RoleSettings
 
 KINDS = {"methods": "method", "families": "family", "rewards": "reward"}
@@ -44,10 +45,10 @@ def _first_line(cls: type) -> str:
 def json_schema() -> str:
     """Return the JSON schema of config files."""
     properties = {name: _schema(cls) for name, cls in SECTIONS.items()}
-    properties["method"] = {"oneOf": [_named("method", n) for n in sorted(catalog.METHODS)]}
-    properties["family"] = {"oneOf": [_named("family", n) for n in sorted(catalog.FAMILIES)]}
+    for kind in ("method", "family"):
+        properties[kind] = {"oneOf": [_named(kind, n) for n in sorted(catalog.names(kind))]}
     properties["roles"] = {"type": "object", "additionalProperties": _schema(RoleSettings)}
-    properties["evaluate"] = {"type": "object"}
+    properties["evaluate"] = _schema(EvaluateSettings)
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "diffdistill config",
@@ -71,5 +72,5 @@ def _named(kind: str, name: str) -> dict[str, Any]:
         path = attribute_notes(cls).get("path", "")
         fixed["path"] = {"type": "string", "description": path}
     schema["properties"] = fixed | schema.get("properties", {})
-    schema["required"] = sorted(fixed)
+    schema["required"] = ["name"]
     return schema

@@ -60,6 +60,8 @@ def _write(family: LatentFamily, role: Role, output: Path, layout: str) -> Path:
         if role.adapter is None:
             raise UserError(f"{role.name} was trained fully: export it as pipeline or single-file")
         source = role.settings
+        if source.weights not in ("trained", "ema"):
+            raise UserError(f"{role.name} has no weights of its own: {source.weights}")
         weights = {n: t for n, t in role_tensors(role).items() if not n.startswith("head.")}
         write = export_lora if layout == "lora" else export_comfy_lora
         return write(family, weights, output, rank=source.rank, alpha=source.alpha)

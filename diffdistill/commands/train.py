@@ -1,5 +1,7 @@
 """``diffdistill train``: everything around the training loop."""
 
+import math
+import os
 import signal
 import tempfile
 from collections.abc import Generator, Iterator
@@ -18,7 +20,9 @@ from diffdistill.data.cache import EncodedDataset
 from diffdistill.data.dataset import open_dataset
 from diffdistill.data.stream import Stream
 from diffdistill.distributed import Distributed
+from diffdistill.errors import UserError
 from diffdistill.estimates import describe
+from diffdistill.evaluation.few_step import parse_settings
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
 from diffdistill.session import Session, build
@@ -62,7 +66,13 @@ def train(config: RunConfig, output: Path, resume: str | None = None) -> None:
 
 
 def dry_run(config: RunConfig) -> str:
-    """Build everything, run one step, and return what was found; leaves nothing behind."""
+    """Build everything, run one step, and return what was found; leaves nothing behind.
+
+    Raises:
+        UserError: On several processes, or for anything wrong in the config.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--dry-run runs in one process: leave accelerate launch away")
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, data=replace(config.data, cache=f"{folder}/cache"))
         distributed = Distributed()
@@ -82,6 +92,7 @@ class Run(NamedTuple):
 
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
+    parse_settings(config.evaluate)
     session = build(config, distributed.device)
     encoded = _encoded(session, output, distributed)
     painter = Painter(session, encoded, output, main=distributed.main)
@@ -92,8 +103,8 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
         for problem in problems:
             _say(distributed, f"{problem}; falling back to {path.name}")
     distributed.shard(session.roles.networks())
-    step = 0 if snapshot is None else snapshot.state["step"]
-    batches = _batches(session, encoded, distributed, step)
+    samples = 0 if snapshot is None else snapshot.state["samples"]
+    batches = _batches(session, encoded, distributed, samples)
     trainer = Trainer(session, batches, distributed)
     if snapshot is not None:
         trainer.load(snapshot, path)
@@ -104,8 +115,10 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
 def _encoded(session: Session, output: Path, distributed: Distributed) -> EncodedDataset:
     data = session.config.data
     dataset = open_dataset(data)
-    for problem in dataset.problems:
-        _say(distributed, f"skipped: {problem}")
+    origin = dataset.first_without_image()
+    if session.method.needs_images() and origin is not None:
+        name = session.config.method["name"]
+        raise UserError(f"{origin}: method {name} needs an image for every prompt")
     folder = Path(data.cache) if data.cache else output / "cache"
     encoded = EncodedDataset(dataset, session.family, folder)
 
@@ -119,12 +132,14 @@ def _encoded(session: Session, output: Path, distributed: Distributed) -> Encode
 
 
 def _batches(
-    session: Session, encoded: EncodedDataset, distributed: Distributed, step: int
+    session: Session, encoded: EncodedDataset, distributed: Distributed, samples: int
 ) -> Generator[Batch]:
+    """Return this rank's batches, after those that ``samples`` were drawn for on all ranks."""
     data, train = session.config.data, session.config.train
     dataset = encoded.dataset
     stream = Stream(dataset.groups, data.batch_size, train.seed, repeats=data.repeats)
-    order = stream.for_rank(distributed.rank, distributed.world, step * train.accumulate)
+    start = math.ceil(samples / (data.batch_size * distributed.world))
+    order = stream.for_rank(distributed.rank, distributed.world, start)
     return make_batches(encoded, session.family, order, session.draws)
 
 
@@ -133,6 +148,7 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
     config = trainer.session.config
     if distributed.main:
         checkpoints.clean()
+        checkpoints.abandon_after(trainer.step)
         config.save(output / "config.yaml")
         write_versions(output)
     with Tracker(config, output, trainer.step, main=distributed.main) as tracker:

@@ -82,6 +82,7 @@ class EncodedDataset:
         self.dataset = dataset
         self.folder = folder
         self._family = family
+        self._fingerprint = family.fingerprint()
         self._batch_size = batch_size
         self._room = keep_in_memory
         self._memory: dict[Path, dict[str, Tensor]] = {}
@@ -115,7 +116,7 @@ class EncodedDataset:
 
     def file(self, entry: Entry) -> Path:
         """Return where the encoded example is, or will be."""
-        content = [self.dataset.key(entry.index), self._family.fingerprint(), entry.dropped]
+        content = [self.dataset.key(entry.index), self._fingerprint, entry.dropped]
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return self.folder / f"{name}.safetensors"
 

@@ -77,6 +77,11 @@ class ExampleDataset:
             origin=record.origin,
         )
 
+    def first_without_image(self) -> str | None:
+        """Return where the first example without an image came from; None if all have one."""
+        missing = (item.record.origin for item in self._items if item.record.image is None)
+        return next(missing, None)
+
     def key(self, index: int) -> str:
         """Return a hash of everything ``self[index]`` depends on, without decoding images."""
         if index not in self._keys:

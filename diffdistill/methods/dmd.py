@@ -85,6 +85,10 @@ class DMD(Method):
         if self.gan_weight > 0 and getattr(self.critic, "head", None) is None:
             raise ValueError("gan_weight above 0 needs roles.critic.head: true")
 
+    def needs_images(self) -> bool:
+        """Return whether the adversarial term compares with data."""
+        return self.gan_weight > 0
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield the student's loss when it is its turn, and the critic's when it is its."""
         prompt = self.family.condition(batch)

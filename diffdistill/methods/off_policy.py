@@ -49,6 +49,10 @@ class OffPolicy(Method):
     weight: VelocityWeight = "uniform"
     exposure: float = 1.0
 
+    def needs_images(self) -> bool:
+        """Return whether the states are noised images."""
+        return self.states == "data"
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one velocity loss for each state; 2 ``num_steps`` model calls."""
         prompt = self.family.condition(batch)

@@ -40,6 +40,10 @@ class SFT(Method):
     std: float = 1.0
     shift: float = 1.0
 
+    def needs_images(self) -> bool:
+        """Return True: the images are the targets."""
+        return True
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield the flow-matching loss of one noised batch; one model call."""
         clean = self.family.clean(batch)
