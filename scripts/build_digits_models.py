@@ -6,11 +6,11 @@ from captions and varies a reference image when it is given one. No scan, glyph 
 or a 9 is used, but references are mirrored and joined at random, so some look like one: a six
 mirrored in both directions is a nine.
 
-    OMP_WAIT_POLICY=passive python scripts/build_digits_models.py    # 13 minutes on 2 shared cores
-    python scripts/build_digits_models.py --quick                    # a smoke run, 1 to 3 minutes
+    python scripts/build_digits_models.py            # both: 15 minutes on 2 cores
+    python scripts/build_digits_models.py --quick    # a smoke run, 1 to 3 minutes
 
-The environment variable matters where other programs use the cores: threads that spin while they
-wait made a step up to ten times slower. Measuring took as long again on busy cores.
+digits-base comes out bit for bit as shipped with two threads, on a machine like ours;
+digits-turbo as shipped was made with ``--only-turbo --threads 1``; otherwise rounding differs.
 """
 
 import argparse
