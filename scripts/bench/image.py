@@ -1,6 +1,6 @@
 """Speed and memory of the image methods, as ratios within one run.
 
-    python scripts/bench/image.py                 # a 20 M parameter klein, here
+    python scripts/bench/image.py                 # a 41 M parameter klein, here
     python scripts/bench/image.py --full klein-4b # random weights at full size, on an accelerator
     python scripts/bench/image.py --full z-image
 
