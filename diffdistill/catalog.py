@@ -5,27 +5,43 @@ module can name the pipelines and rewards without importing them.
 """
 
 import difflib
+import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 from diffdistill.errors import UserError
 
 METHODS = {
+    "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
     "dmd": "diffdistill.methods.dmd:DMD",
     "off-policy": "diffdistill.methods.off_policy:OffPolicy",
+    "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
+    "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
 }
 
 FAMILIES = {
     "flux2-klein": "diffdistill.pipelines.flux2_klein:Flux2Klein",
     "toy": "diffdistill.pipelines.toy:Toy",
+    "wan": "diffdistill.pipelines.wan:Wan",
+    "wan-streaming": "diffdistill.pipelines.wan_streaming:WanStreaming",
     "z-image": "diffdistill.pipelines.z_image:ZImage",
 }
 
-REWARDS: dict[str, str] = {}
+REWARDS = {
+    "aesthetic": "diffdistill.rewards.aesthetic:Aesthetic",
+    "clip": "diffdistill.rewards.clip:Clip",
+    "digits-video": "diffdistill.rewards.digits_video:DigitsVideo",
+    "hps-v2": "diffdistill.rewards.hps_v2:HPSv2",
+    "pickscore": "diffdistill.rewards.pickscore:PickScore",
+    "video-reward": "diffdistill.rewards.video_reward:VideoReward",
+}
 
 TABLES = {"method": METHODS, "family": FAMILIES, "reward": REWARDS}
 
@@ -44,17 +60,63 @@ def names(kind: str) -> dict[str, str]:
 def load(kind: str, name: str) -> Any:
     """Return the class called ``name``, or at ``name`` if it is "module:Class".
 
+    A reward may also be in a file of the user's: "my_reward.py:MyReward".
+
     Raises:
-        UserError: If there is no such name, module or class.
+        UserError: If there is no such name, module, file or class.
     """
     table = names(kind)
-    module, _, attribute = table.get(name, name).partition(":")
-    if not attribute:
+    module, _, attribute = table.get(name, name).rpartition(":")
+    if not module or not attribute:
         raise UserError(f"unknown {kind} {name!r}{near(name, table)}; known: {listing(table)}")
+    if kind == "reward" and name not in table and module.endswith(".py"):
+        return _reward_of_file(Path(module).expanduser(), attribute)
     try:
         return getattr(import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(f"cannot load the {kind} {name!r}: {error}") from error
+
+
+def _reward_of_file(file: Path, attribute: str) -> Any:
+    """Return a reward class of a user's file, which is run because the user named it.
+
+    Raises:
+        UserError: If there is no such file or class, or the class is no ``Reward``.
+    """
+    from diffdistill.rewarding import Reward
+
+    if not file.is_file():
+        raise UserError(f"reward {file}:{attribute}: there is no file {file.absolute()}")
+    name = f"diffdistill_reward_{sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"reward {file}:{attribute}: cannot run {file}: {what}") from error
+    found = getattr(sys.modules[name], attribute, None)
+    if found is None:
+        kinds = {k: v for k, v in vars(sys.modules[name]).items() if isinstance(v, type)}
+        classes = listing({k: v for k, v in kinds.items() if v.__module__ == name})
+        raise UserError(
+            f"reward {file}:{attribute}: there is no {attribute} in it; its classes: "
+            f"{classes or 'none'}"
+        )
+    if not isinstance(found, type) or not issubclass(found, Reward):
+        raise UserError(
+            f"reward {file}:{attribute}: {attribute} must be a subclass of "
+            "diffdistill.rewarding.Reward"
+        )
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"reward {file}:{attribute}: it must define {', '.join(missing)}")
+    if not getattr(found, "axes", ()):
+        raise UserError(f"reward {file}:{attribute}: it must name its axes: axes = ('quality',)")
+    return found
 
 
 def near(name: str, known: Mapping[str, Any]) -> str:

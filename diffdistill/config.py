@@ -89,10 +89,14 @@ class SampleSettings:
         every: Training steps between sample grids; None draws none.
         prompts: What to draw; empty takes the first prompts of the data.
         num_steps: Sampling steps.
-        num_images: Images for each prompt.
+        num_images: Images (or videos) for each prompt.
         size: ``(H, W)`` in pixels, for ``prompts``; None takes the first bucket of the data.
         seed: Seed of the noise.
-        rollouts: Also draw student and teacher side by side at each rollout state.
+        rollouts: Also draw student and teacher side by side at each rollout state; not of videos.
+        num_frames: Frames of a video; None takes ``data.num_frames``.
+        fps: Frames per second of the video files.
+        teacher_steps: Sampling steps of the teacher; None takes ``num_steps``.
+        teacher_guidance: Guidance of the teacher; 1 is none.
     """
 
     every: PositiveInt | None = None
@@ -102,6 +106,10 @@ class SampleSettings:
     size: tuple[int, int] | None = None
     seed: int = 0
     rollouts: bool = True
+    num_frames: int | None = None
+    fps: PositiveFloat = 16.0
+    teacher_steps: PositiveInt | None = None
+    teacher_guidance: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -119,7 +127,10 @@ class TrackingSettings:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A complete, checked run. ``family`` and ``method`` hold a name and all options."""
+    """A complete, checked run.
+
+    ``family``, ``method`` and each of ``rewards`` hold a name and all options.
+    """
 
     family: dict[str, Any]
     method: dict[str, Any]
@@ -129,6 +140,7 @@ class RunConfig:
     sample: SampleSettings
     tracking: TrackingSettings
     evaluate: dict[str, Any] = field(default_factory=dict)
+    rewards: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values that YAML and JSON can hold."""
@@ -203,7 +215,17 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     elif "average" in given_roles:
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
     evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
-    return RunConfig(family=family, method=method, roles=roles, evaluate=evaluate, **sections)
+    rewards = _rewards(values.get("rewards"), origin)
+    return RunConfig(
+        family=family, method=method, roles=roles, evaluate=evaluate, rewards=rewards, **sections
+    )
+
+
+def _rewards(given: Any, origin: str) -> list[dict[str, Any]]:
+    """Return name and all options of each reward: a name, a section with a name, or a list."""
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    named = [{"name": item} if isinstance(item, str) else item for item in items]
+    return [_named({"rewards": item}, "reward", origin, "rewards") for item in named]
 
 
 def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, RoleSettings]:
@@ -228,11 +250,14 @@ def _section(value: Any, where: str) -> dict[str, Any]:
     return {str(key): item for key, item in value.items()}
 
 
-def _named(values: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
-    """Return name and all options of the family or method section."""
-    given = values.get(kind)
+def _named(
+    values: Mapping[str, Any], kind: str, origin: str, section: str | None = None
+) -> dict[str, Any]:
+    """Return name and all options of the section of a family, method or reward."""
+    section = section or kind
+    given = values.get(section)
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise UserError(f"{origin}: the section {kind!r} needs a name")
+        raise UserError(f"{origin}: the section {section!r} needs a name")
     cls = catalog.load(kind, given["name"])
     fixed = {"name": given["name"]}
     if kind == "family":
@@ -240,7 +265,7 @@ def _named(values: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
         if not isinstance(fixed["path"], str):
             raise UserError(f"{origin}: family.path: expected text, got {fixed['path']!r}")
     options = {k: v for k, v in given.items() if k not in fixed}
-    checked = parse_options(cls, options, f"{origin}: {kind}")
+    checked = parse_options(cls, options, f"{origin}: {section}")
     return fixed | checked
 
 

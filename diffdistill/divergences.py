@@ -4,11 +4,13 @@ Every divergence takes (student, teacher), detaches the teacher and returns a ma
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
+Normalizer = Literal["sample", "batch"]
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -16,28 +18,38 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.detach().float()).square()
 
 
-def distribution_matching(
-    sample: Tensor, real: Tensor, fake: Tensor, *, epsilon: float = 0.0
+@torch.no_grad()
+def matching_target(
+    sample: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    epsilon: float = 0.0,
+    normalizer: Normalizer = "sample",
 ) -> Tensor:
-    """Return a map ``[B, ...]`` whose gradient in ``sample`` is DMD's direction.
+    """Return where DMD's direction leads from ``sample``, a constant ``[B, ...]``.
 
     Eq. 7 and 8 of DMD (arXiv:2311.18828) in x0 space, as its later codes compute it:
-    ``g = (fake - real) / mean(abs(sample - real))`` per sample, and the map
-    ``0.5 (sample - stopgrad(sample - g))^2``, whose value is ``0.5 g^2`` and whose gradient
-    is ``g``. Entries of ``g`` that are not finite (0 / 0) count as 0.
+    ``sample - g`` with ``g = (fake - real) / mean(abs(sample - real))`` per sample. Entries of
+    ``g`` that are not finite (0 / 0) count as 0.
 
     Args:
-        sample: The student's clean sample ``[B, ...]``, with its graph.
+        sample: The student's clean sample ``[B, ...]``.
         real: The (guided) teacher's clean prediction at the re-noised sample, same shape.
         fake: The critic's clean prediction there, same shape.
         epsilon: Added to the normalizer. 0 in DMD2 and Self-Forcing, 1e-6 in FastGen.
+        normalizer: ``sample`` takes the mean in g over each sample (DMD2, Self-Forcing,
+            FastGen), ``batch`` over all samples at hand (FastVideo).
     """
-    with torch.no_grad():
-        dims = tuple(range(1, sample.ndim))
-        scale = (sample - real).abs().mean(dim=dims, keepdim=True) + epsilon
-        direction = torch.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
-        target = sample - direction
-    return 0.5 * (sample - target).square()
+    dims = tuple(range(1 if normalizer == "sample" else 0, sample.ndim))
+    scale = (sample - real).abs().mean(dim=dims, keepdim=True) + epsilon
+    direction = torch.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
+    return sample - direction
+
+
+def half_squared(sample: Tensor, target: Tensor) -> Tensor:
+    """Return the map ``0.5 (sample - target)^2``: at DMD's target, its gradient is ``g``."""
+    return 0.5 * (sample - target.detach()).square()
 
 
 def masked_mean(error: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

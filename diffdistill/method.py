@@ -28,6 +28,13 @@ class Method(ABC):
         """Return whether every example must have an image."""
         return False
 
+    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 - most adapt nothing
+        """Learn what a step came to: the means over all its micro-batches and ranks.
+
+        Called after each step that was finite, the same on all ranks. Names are those of
+        ``Loss.metrics``, followed by a slash and the role.
+        """
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep besides weights, as JSON values."""
         return {}

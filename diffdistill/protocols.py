@@ -1,11 +1,11 @@
 """What a method may ask of a model, a model family and a reward."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from diffdistill.types import Batch, Condition, State
+from diffdistill.types import Batch, BlockRollout, Condition, State
 
 
 class Model(Protocol):
@@ -91,9 +91,84 @@ class Family(Protocol):
         ...
 
 
-class Reward(Protocol):
-    """A differentiable judge of finished samples."""
+class StreamingFamily(Family, Protocol):
+    """A video family whose student streams blocks of latent frames over a cache of its past."""
 
-    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return one score ``[B]`` for each axis (such as visual quality)."""
+    block_frames: int
+
+    def causal(
+        self, condition: Condition, num_frames: int, *, clean: Tensor | None = None
+    ) -> Condition:
+        """Return ``condition`` for one call on a whole clip whose blocks see no later block.
+
+        With ``clean`` (the clip, ``[B, C, F, H, W]``) they see the past without its noise.
+        """
+        ...
+
+    def rollout(
+        self,
+        student: Model,
+        condition: Condition,
+        noise: Tensor,
+        *,
+        num_steps: int,
+        exits: Sequence[int],
+        renoise: Callable[[int, int], Tensor] | None,
+        graph_from: int | None = None,
+    ) -> BlockRollout:
+        """Return a clip that the student streamed from ``noise`` ``[B, C, F, H, W]``.
+
+        Args:
+            student: The model that acts.
+            condition: What it is told.
+            noise: The initial noise; F is a multiple of the block.
+            num_steps: Steps of the sampling grid.
+            exits: For each block, the step whose clean prediction is taken.
+            renoise: Fresh noise for (block, step); None takes Euler steps.
+            graph_from: First block whose last call keeps its graph; None keeps none.
+        """
+        ...
+
+    def reencoded(self, stream: Tensor) -> Tensor:
+        """Return the last frame of latents ``[B, C, F, H, W]``, encoded as a first frame."""
+        ...
+
+
+class Judgment(NamedTuple):
+    """What a reward says of finished samples; all constants.
+
+    Attributes:
+        scores: The z-score ``[B]`` of each axis.
+        saliency: How sensitive the raw score of each axis is to each place,
+            ``[B, T', H', W']``; empty where it was not asked for.
+    """
+
+    scores: Mapping[str, Tensor]
+    saliency: Mapping[str, Tensor]
+
+
+class Reward(Protocol):
+    """A differentiable judge of finished samples, in one or more axes."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the scores, such as ``("visual", "motion", "text")``."""
+        ...
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the raw score ``[B]`` of each axis of videos ``[B, T, 3, H, W]`` in [0, 1]."""
+        ...
+
+    def normalized(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the z-scores of raw scores."""
+        ...
+
+    def saliency(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return how sensitive each raw score is to each place, ``[B, T', H', W']``."""
+        ...
+
+    def judge(
+        self, pixels: Tensor, prompts: Sequence[str], *, saliency: bool, micro_batch: int
+    ) -> Judgment:
+        """Return z-scores and, if wanted, saliency, from one forward pass a micro-batch."""
         ...

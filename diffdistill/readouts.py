@@ -11,7 +11,13 @@ GuidanceForm = Literal["standard", "extra"]
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Return ``values`` ``[B]`` with trailing axes of size 1, to broadcast over ``like``."""
+    """Return ``values`` with axes of size 1, to broadcast over ``like``.
+
+    ``[B]`` belongs to the first axis of ``like``, ``[B, F]`` to the first and third of
+    ``[B, C, F, H, W]``.
+    """
+    if values.ndim == 2:
+        return values[:, None, :, None, None]
     return values.reshape(-1, *(1 for _ in range(like.ndim - 1)))
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from diffdistill.config import RunConfig
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.method import Method
+from diffdistill.panel import Panel
 from diffdistill.pipelines.flow import FlowFamily
+from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -108,10 +110,28 @@ def _resolved(settings: Mapping[str, RoleSettings]) -> dict[str, RoleSettings]:
     return resolved
 
 
+def build_reward(config: RunConfig, device: torch.device) -> Reward:
+    """Return the judge of ``config``'s ``rewards``; several are one with all their axes.
+
+    Raises:
+        UserError: If there is none, or its weights cannot be loaded.
+    """
+    if not config.rewards:
+        known = catalog.listing(catalog.names("reward"))
+        raise UserError(f"method {config.method['name']} needs rewards: one of {known}")
+    rewards = []
+    for settings in config.rewards:
+        options = {k: v for k, v in settings.items() if k != "name"}
+        rewards.append(catalog.load("reward", settings["name"])(device=device, **options))
+    return rewards[0] if len(rewards) == 1 else Panel(rewards)
+
+
 def _wire(config: RunConfig, family: FlowFamily, roles: Roles, draws: Draws) -> Method:
     cls = catalog.load("method", config.method["name"])
     options = {k: v for k, v in config.method.items() if k != "name"}
-    played = {name: roles[name] for name in cls.roles}
+    played: dict[str, Any] = {name: roles[name] for name in cls.roles}
+    if "reward" in {item.name for item in fields(cls)}:
+        played["reward"] = build_reward(config, family.device)
     try:
         return cls(family=family, draws=draws, **played, **options)
     except ValueError as error:

@@ -130,7 +130,9 @@ class Trainer:
                 self.session.roles.average(name)
             optimizer.zero_grad(set_to_none=True)
             metrics[f"lr/{name}"] = lr
-        if not finite:
+        if finite:
+            self.session.method.observe(means)
+        else:
             metrics["skipped"] = 1.0
         return metrics
 

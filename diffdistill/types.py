@@ -6,7 +6,7 @@ Shape letters used in this package:
     B batch, C channels, F frames, H height, W width, L tokens, V vocabulary, N chunks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,11 +25,13 @@ class Example(NamedTuple):
 
     Attributes:
         prompt: The caption.
-        image: Target pixels ``[3, H, W]`` in [0, 1], or None for data of prompts only.
+        image: Target pixels ``[3, H, W]`` in [0, 1], or None where there is no target image.
         references: Source images of an editing pair, each ``[3, H, W]`` in [0, 1].
         detailed_prompt: A longer caption for the ``detailed-prompt`` view.
-        size: ``(H, W)`` in pixels of what to generate, where there is no image.
+        size: ``(H, W)`` in pixels of what to generate, where there is no target.
         origin: Where it came from ("file:line"), for messages.
+        video: Target pixels ``[T, 3, H, W]`` in [0, 1], or None where there is no target video.
+        num_frames: Pixel frames ``T`` of what to generate, where there is no video.
     """
 
     prompt: str
@@ -38,6 +40,18 @@ class Example(NamedTuple):
     detailed_prompt: str | None = None
     size: tuple[int, int] | None = None
     origin: str = ""
+    video: Tensor | None = None
+    num_frames: int | None = None
+
+    def without_target(self) -> "Example":
+        """Return what a student may see of it: size and frames in place of image or video."""
+        if self.image is None and self.video is None:
+            return self
+        target = self.image if self.video is None else self.video
+        assert target is not None
+        num_frames = None if self.video is None else len(self.video)
+        size = (target.shape[-2], target.shape[-1])
+        return self._replace(image=None, video=None, size=size, num_frames=num_frames)
 
 
 class State(NamedTuple):
@@ -46,12 +60,34 @@ class State(NamedTuple):
     Attributes:
         x: Latents ``[B, C, H, W]`` or ``[B, C, F, H, W]``, or token ids ``[B, L]``.
         t: Noise level ``[B]`` in [0, 1]: 0 is data, 1 is pure noise (or every token masked).
+            ``[B, F]`` where the frames of ``x`` differ in it.
         mask: True where the loss counts, ``[B, L]``. None means everywhere.
     """
 
     x: Tensor
     t: Tensor
     mask: Tensor | None = None
+
+
+class ModelCall(NamedTuple):
+    """What a model was asked, so that it can be asked again."""
+
+    state: State
+    condition: Condition
+
+
+class BlockRollout(NamedTuple):
+    """A clip that a student streamed, block after block.
+
+    Attributes:
+        sample: Clean latents ``[B, C, F, H, W]``, with the graph of the calls that kept one.
+        calls: For each block, the call whose clean prediction is its part of ``sample``. Its
+            condition holds the cached past, detached, so that the call alone gives the block's
+            gradient.
+    """
+
+    sample: Tensor
+    calls: Sequence[ModelCall]
 
 
 class Progress(NamedTuple):

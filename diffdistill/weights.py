@@ -16,3 +16,19 @@ def velocity_weight(t: Tensor, kind: VelocityWeight) -> Tensor:
     released scripts optimize.
     """
     return torch.ones_like(t) if kind == "uniform" else t.square()
+
+
+def reliability(score: Tensor, beta: float) -> Tensor:
+    """Return the factor ``exp(beta score)`` ``[B]`` of samples with z-scored rewards ``[B]``.
+
+    Stream-R1 and Reward Forcing (beta 2): neither clipped nor normalized over the batch.
+    """
+    return torch.exp(beta * score)
+
+
+def weaker_axes(scores: Tensor, temperature: float) -> Tensor:
+    """Return shares ``[B, M]`` of M axes, more for an axis with a lower score.
+
+    ``softmax(-scores / temperature)``, from Stream-R1's code (temperature 1).
+    """
+    return torch.softmax(-scores / temperature, dim=-1)

@@ -21,14 +21,16 @@ from diffdistill.pipelines.original_keys import (
     klein_place,
     original_lora,
     original_state,
+    wan_place,
     z_image_place,
 )
 
 PLACES: dict[str, Callable[[str], Place]] = {
     "Flux2Transformer2DModel": klein_place,
+    "WanTransformer3DModel": wan_place,
     "ZImageTransformer2DModel": z_image_place,
 }
-FUSED_LORA = ("Flux2Transformer2DModel",)
+ORIGINAL_LORA = ("Flux2Transformer2DModel", "WanTransformer3DModel")
 """Models whose ComfyUI LoRA must be in the original layout; others are read in either."""
 
 
@@ -68,7 +70,7 @@ def export_comfy_lora(
     """Write a LoRA as one file with the keys ComfyUI reads (see ``export_lora``); return it."""
     state = _scaled(adapter, alpha / rank, dtype)
     kind = family.transformer_class.__name__
-    if kind in FUSED_LORA:
+    if kind in ORIGINAL_LORA:
         state = original_lora(state, PLACES[kind])
     state = {f"diffusion_model.{key}": value.contiguous() for key, value in state.items()}
     file.parent.mkdir(parents=True, exist_ok=True)

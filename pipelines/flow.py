@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.protocols import Model
-from diffdistill.readouts import clean_of
+from diffdistill.readouts import clean_of, per_sample
 from diffdistill.types import Batch, Condition, Example, State
 
 
@@ -34,11 +34,11 @@ class FlowFamily(ABC):
 
     @abstractmethod
     def predict(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
-        """Return the velocity ``noise - data`` of ``network``, ``[B, C, H, W]``."""
+        """Return the velocity ``noise - data`` of ``network``, with the shape of ``state.x``."""
 
     @abstractmethod
     def features(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
-        """Return features ``[B, N, D]`` of the image tokens from the middle of ``network``."""
+        """Return features ``[B, N, D]`` of the latents' tokens from the middle of ``network``."""
 
     @abstractmethod
     def encode(
@@ -46,8 +46,9 @@ class FlowFamily(ABC):
     ) -> list[dict[str, Tensor]]:
         """Return, for each example, all tensors that training needs of it (cacheable).
 
-        ``latents`` ``[C, H, W]`` is always among them: zeros of the right shape for an example
-        that has a ``size`` instead of an image. ``privileged=False`` leaves out what only
+        ``latents`` ``[C, H, W]`` or ``[C, F, H, W]`` is always among them: zeros of the right
+        shape for an example that has a ``size`` instead of a target (such zeros may be views of
+        one number). ``privileged=False`` leaves out what only
         exposure 1 shows, and asks the examples for nothing of it; enough for sampling.
         """
 
@@ -67,7 +68,7 @@ class FlowFamily(ABC):
 
     @abstractmethod
     def decode(self, sample: Tensor) -> Tensor:
-        """Return pixels ``[B, 3, H, W]`` in [0, 1] for latents."""
+        """Return pixels ``[B, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1] for latents."""
 
     def release(self) -> None:  # noqa: B027 - a family without encoders has nothing to release
         """Take encoders and decoder off the device until they are needed again."""
@@ -77,17 +78,20 @@ class FlowFamily(ABC):
         """Return what identifies the encoders and their options, for cache keys."""
 
     def clean(self, batch: Batch) -> Tensor:
-        """Return the data of ``batch`` as float32 latents ``[B, C, H, W]``."""
+        """Return the data of ``batch`` as float32 latents ``[B, C, (F,) H, W]``."""
         latents: Tensor = batch["latents"]
         return latents.float()
 
     def latent_shape(self, batch: Batch) -> tuple[int, ...]:
-        """Return the shape of one sample's latents, ``(C, H, W)``."""
+        """Return the shape of one sample's latents, ``(C, H, W)`` or ``(C, F, H, W)``."""
         return tuple(batch["latents"].shape[1:])
 
     def noise(self, clean: Tensor, t: Tensor, noise: Tensor) -> State:
-        """Return the state at noise level ``t`` ``[B]`` between ``clean`` and ``noise``."""
-        share = t.reshape(-1, *(1 for _ in range(clean.ndim - 1)))
+        """Return the state at noise level ``t`` between ``clean`` and ``noise``.
+
+        ``t`` is ``[B]``, or ``[B, F]`` where the frames of ``[B, C, F, H, W]`` differ in it.
+        """
+        share = per_sample(t, clean)
         return State((1.0 - share) * clean + share * noise, t)
 
     def walk(
@@ -108,9 +112,9 @@ class FlowFamily(ABC):
             velocity = student(state, condition)
             yield state, velocity
             with torch.no_grad():
-                x = self._advance(state, velocity, grid, index, renoise)
+                x = self.advance(state, velocity, grid, index, renoise)
 
-    def _advance(
+    def advance(
         self,
         state: State,
         velocity: Tensor,
@@ -118,6 +122,7 @@ class FlowFamily(ABC):
         index: int,
         renoise: Callable[[int], Tensor] | None,
     ) -> Tensor:
+        """Return ``x`` at level ``index + 1`` of ``grid``, from ``state`` at level ``index``."""
         now, after = grid[index], grid[index + 1]
         if renoise is None:
             return state.x + (after - now) * velocity.detach()
@@ -134,7 +139,7 @@ class FlowFamily(ABC):
         num_steps: int,
         renoise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Return clean latents ``[B, C, H, W]``; by default as the family's pipeline samples."""
+        """Return clean latents like ``noise``; by default as the family's pipeline samples."""
         walk = self.walk(student, condition, noise, num_steps=num_steps, renoise=renoise)
         [(state, velocity)] = deque(walk, maxlen=1)
         return clean_of(state, velocity)

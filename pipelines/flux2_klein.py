@@ -22,7 +22,7 @@ from transformers import Qwen3ForCausalLM
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
-from diffdistill.pipelines.latent import LatentFamily, captured, stacked
+from diffdistill.pipelines.latent import ImageFamily, captured, stacked
 from diffdistill.types import Batch, Condition, Example, State
 
 SUFFIXES = {
@@ -36,7 +36,7 @@ MAX_REFERENCE_AREA = 1024 * 1024
 
 
 @dataclass(kw_only=True)
-class Flux2Klein(LatentFamily):
+class Flux2Klein(ImageFamily):
     """FLUX.2 klein, 4B or 9B, for text to image and for editing.
 
     Attributes:

@@ -42,8 +42,6 @@ class LatentFamily(FlowFamily):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let tokenizer and processor run code from the checkpoint.
         attention: Attention kernels of the transformer. ``flash`` takes no masks.
-        noise_grid: ``pipeline`` trains on the noise levels that the stock pipeline samples with;
-            ``reference`` on those of the D-OPSD authors' scripts.
         max_sequence_length: Tokens of a prompt, padding included.
     """
 
@@ -56,26 +54,16 @@ class LatentFamily(FlowFamily):
     revision: str | None = None
     trust_remote_code: bool = False
     attention: Attention = "auto"
-    noise_grid: Literal["pipeline", "reference"] = "pipeline"
     max_sequence_length: int = 512
 
     transformer_class: ClassVar[Any]
     pipeline_class: ClassVar[Any]
     vae_class: ClassVar[Any]
-    view: str = NO_VIEW
 
     def __post_init__(self) -> None:
-        """Check the view; start with nothing loaded.
-
-        Raises:
-            UserError: If there is no such view.
-        """
-        if self.view not in (*self.views, NO_VIEW):
-            known = ", ".join((*self.views, NO_VIEW))
-            raise UserError(f"{type(self).__name__}: no view {self.view!r}; views: {known}")
+        """Start with nothing loaded."""
         self.weights_dtype = loading.resolve_dtype(self.dtype, self.device)
         self._loaded: dict[str, Any] = {}
-        self._scheduler: Any = None
         self._vae_config: dict[str, Any] | None = None
 
     def network(self, path: str | None = None) -> nn.Module:
@@ -128,9 +116,13 @@ class LatentFamily(FlowFamily):
         if name == "vae":
             folder = self.part("vae")
             loading.check_class(folder, self.vae_class)
-            options = {"torch_dtype": self.weights_dtype}
+            options = {"torch_dtype": self.vae_weights_dtype()}
             return loading.load_frozen(self.vae_class, folder, options)
         return self._load_encoder(name)
+
+    def vae_weights_dtype(self) -> torch.dtype:
+        """Return the type of the VAE's weights."""
+        return self.weights_dtype
 
     @abstractmethod
     def _load_encoder(self, name: str) -> Any:
@@ -160,6 +152,37 @@ class LatentFamily(FlowFamily):
     def _encoder_folders(self) -> list[Path]:
         return [self.part(name) for name in ("text_encoder", "tokenizer", "vae")]
 
+    def vae_config(self) -> dict[str, Any]:
+        """Return the config of the VAE, without loading it."""
+        if self._vae_config is None:
+            self._vae_config = loading.read_config(self.part("vae"))
+        return self._vae_config
+
+
+@dataclass(kw_only=True)
+class ImageFamily(LatentFamily):
+    """A latent family of images, which may have privileged views.
+
+    Attributes:
+        noise_grid: ``pipeline`` trains on the noise levels that the stock pipeline samples with;
+            ``reference`` on those of the D-OPSD authors' scripts.
+    """
+
+    noise_grid: Literal["pipeline", "reference"] = "pipeline"
+    view: str = NO_VIEW
+
+    def __post_init__(self) -> None:
+        """Check the view; start with nothing loaded.
+
+        Raises:
+            UserError: If there is no such view.
+        """
+        super().__post_init__()
+        if self.view not in (*self.views, NO_VIEW):
+            known = ", ".join((*self.views, NO_VIEW))
+            raise UserError(f"{type(self).__name__}: no view {self.view!r}; views: {known}")
+        self._scheduler: Any = None
+
     def scheduler(self) -> Any:
         """Return the checkpoint's scheduler."""
         if self._scheduler is None:
@@ -167,12 +190,6 @@ class LatentFamily(FlowFamily):
             with explained(f"load the scheduler of {self.path}"):
                 self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder))
         return self._scheduler
-
-    def vae_config(self) -> dict[str, Any]:
-        """Return the config of the VAE, without loading it."""
-        if self._vae_config is None:
-            self._vae_config = loading.read_config(self.part("vae"))
-        return self._vae_config
 
     def multiple(self) -> int:
         """Return what image sides must be divisible by: VAE stride times patch size 2."""

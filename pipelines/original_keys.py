@@ -1,7 +1,7 @@
 """Names of weights in the original (and ComfyUI) layout: the inverse of diffusers' converters.
 
-In that layout the query, key and value projections are one matrix, and FLUX.2's last modulation
-has shift before scale.
+In that layout the query, key and value projections of FLUX.2 and Z-Image are one matrix, FLUX.2's
+last modulation has shift before scale, and Wan's second and third norms change their numbers.
 """
 
 from collections import defaultdict
@@ -60,6 +60,28 @@ Z_IMAGE_ATTENTION: dict[str, Place] = {
     "norm_k": ("k_norm", None),
     "to_out.0": ("out", None),
 }
+WAN = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+WAN_BLOCK = {"norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
+WAN_ATTENTIONS = {"attn1": "self_attn", "attn2": "cross_attn"}
+WAN_ATTENTION = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
+MODULATION = "scale_shift_table"
+"""A parameter that has a place of its own, for it belongs to no layer."""
 SCALE_FIRST = "norm_out.linear"
 """The module whose halves, scale and shift, change places."""
 NORMS = ("query_norm", "key_norm")
@@ -86,12 +108,30 @@ def z_image_place(module: str) -> Place:
     return f"{block}.attention.{name}", third
 
 
+def wan_place(module: str) -> Place:
+    """Return where a module of ``WanTransformer3DModel`` is in the original layout."""
+    if module in WAN:
+        return WAN[module], None
+    blocks, number, inner = module.split(".", 2)
+    attention, _, part = inner.partition(".")
+    if inner == MODULATION:
+        name = "modulation"
+    elif attention in WAN_ATTENTIONS:
+        name = f"{WAN_ATTENTIONS[attention]}.{WAN_ATTENTION[part]}"
+    else:
+        name = WAN_BLOCK[inner]
+    return f"{blocks}.{number}.{name}", None
+
+
 def original_state(state: Mapping[str, Tensor], place: Callable[[str], Place]) -> dict[str, Tensor]:
     """Return a network's weights under their original names, in the original shapes."""
     renamed: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for key, value in state.items():
         module, dot, kind = key.rpartition(".")
+        if kind == MODULATION:
+            renamed[place(key)[0]] = value
+            continue
         if not dot:
             renamed[key] = value
             continue

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading, qwen_vl
-from diffdistill.pipelines.latent import LatentFamily, captured, cropped, stacked
+from diffdistill.pipelines.latent import ImageFamily, captured, cropped, stacked
 from diffdistill.types import Batch, Condition, Example, State
 
 CAPTIONS = ("text", "negative", "privileged_text")
@@ -36,7 +36,7 @@ ENCODERS = ("Qwen3Model", "Qwen3ForCausalLM")
 
 
 @dataclass(kw_only=True)
-class ZImage(LatentFamily):
+class ZImage(ImageFamily):
     """Z-Image and Z-Image-Turbo.
 
     Attributes:

@@ -307,9 +307,9 @@ FAULTS = [
     Fault(
         "walk that keeps its graph",
         "pipelines/flow.py",
-        "            with torch.no_grad():\n                x = self._advance(",
+        "            with torch.no_grad():\n                x = self.advance(",
         "            x = x + (grid[index + 1] - grid[index]) * velocity\n"
-        "            if renoise is not None:\n                x = self._advance(",
+        "            if renoise is not None:\n                x = self.advance(",
     ),
     Fault(
         "re-noising at the wrong level",

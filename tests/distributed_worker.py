@@ -11,7 +11,7 @@ from diffdistill.config import parse_config
 from diffdistill.distributed import Distributed
 
 
-def shard_on_cpu() -> None:
+def shard_on_cpu(by_block: bool) -> None:
     """Let runs shard with FSDP2; accelerate itself starts it on accelerators only."""
     original = Distributed.__init__
 
@@ -19,8 +19,12 @@ def shard_on_cpu() -> None:
         original(self)
         state = self.accelerator.state
         state.distributed_type = DistributedType.FSDP
+        blocks = {"transformer_cls_names_to_wrap": ["WanTransformerBlock"]} if by_block else {}
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="no_wrap"
+            fsdp_version=2,
+            cpu_ram_efficient_loading=False,
+            auto_wrap_policy="transformer_based_wrap" if by_block else "no_wrap",
+            **blocks,
         )
         self.sharded = True
 
@@ -28,8 +32,8 @@ def shard_on_cpu() -> None:
 
 
 def main(mode: str, config: str, output: str, resume: str | None = None) -> None:
-    if mode == "fsdp2":
-        shard_on_cpu()
+    if mode in ("fsdp2", "fsdp2-blocks"):
+        shard_on_cpu(by_block=mode == "fsdp2-blocks")
     train(parse_config(json.loads(config)), Path(output), resume)
 
 

@@ -11,6 +11,7 @@ import torch
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
+from tests.tiny_streams import stream_values
 from tests.toy_run import losses, make_data, toy_values
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,28 @@ def test_a_sharded_run_resumes_from_its_full_checkpoint(tmp_path: Path) -> None:
     printed = two_ranks("fsdp2", values, tmp_path / "run", "step-000002")
     assert printed.startswith("exit 0"), printed
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2-blocks"])
+def test_two_ranks_stream_and_weigh_as_one_does(mode: str, tmp_path: Path) -> None:
+    runs = {}
+    for name, batch_size in (("one", 2), ("two", 1)):
+        values = stream_values(tmp_path, "stream-r1")
+        values["rewards"] = "tests.tiny_streams:Warmth"
+        values["method"] |= {"balance_window": 4, "balance_warmup": 1, "student_every": 1}
+        values["roles"] = {"student": {"lr": 1e-3}, "critic": {"adapter": "lora", "rank": 2}}
+        values["data"]["batch_size"] = batch_size
+        values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
+        runs[name] = values
+    train(parse_config(runs["one"]), tmp_path / "one")
+    printed = two_ranks(mode, runs["two"], tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    states = [Checkpoints(tmp_path / n).load()[0].state["method"] for n in ("one", "two")]
+    assert states[0]["balance"]["seen"] == states[1]["balance"]["seen"] == 3
+    for axis, history in states[0]["balance"]["history"].items():
+        assert states[1]["balance"]["history"][axis] == pytest.approx(history, rel=1e-4)
 
 
 @pytest.mark.slow

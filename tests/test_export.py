@@ -9,6 +9,8 @@ from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -27,16 +29,21 @@ from diffdistill.pipelines.exporting import (
 from diffdistill.pipelines.flux2_klein import Flux2Klein
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.original_keys import klein_place, original_lora
+from diffdistill.pipelines.wan import Wan
 from diffdistill.pipelines.z_image import ZImage
 from diffdistill.roles import Role, RoleSettings, build_roles
 from diffdistill.types import Example
 from tests import tiny
 
 CPU = torch.device("cpu")
-NAMES = ("klein", "z-image")
+NAMES = ("klein", "z-image", "wan")
 RANK, ALPHA = 2, 8.0
-CLASSES = {"klein": Flux2Transformer2DModel, "z-image": ZImageTransformer2DModel}
-PIPELINES = {"klein": Flux2KleinPipeline, "z-image": ZImagePipeline}
+CLASSES = {
+    "klein": Flux2Transformer2DModel,
+    "z-image": ZImageTransformer2DModel,
+    "wan": WanTransformer3DModel,
+}
+PIPELINES = {"klein": Flux2KleinPipeline, "z-image": ZImagePipeline, "wan": WanPipeline}
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +53,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny.save_klein(folder / "klein")
     tiny.save_z_image(folder / "z-image")
+    tiny.save_wan(folder / "wan")
     return folder
 
 
 def family_of(name: str, root: Path, **options: Any) -> LatentFamily:
     """Return a family by name, without a view."""
-    options |= {"path": str(root / name), "device": CPU, "view": "none", "max_sequence_length": 48}
+    options |= {"path": str(root / name), "device": CPU, "max_sequence_length": 48}
+    if name == "wan":
+        return Wan(**options)
     if name == "klein":
-        return Flux2Klein(text_encoder_layers=[1, 2, 3], **options)
-    return ZImage(**options)
+        return Flux2Klein(text_encoder_layers=[1, 2, 3], view="none", **options)
+    return ZImage(view="none", **options)
 
 
 def trained(family: LatentFamily) -> Role:
@@ -75,20 +85,25 @@ def adapter_of(student: Role) -> dict[str, Tensor]:
 
 def sampled(family: LatentFamily, model: Any) -> Tensor:
     """Return pixels of two steps from fixed noise."""
-    batch = family.collate(family.encode([Example("a cat", size=(32, 32))]))
+    batch = family.collate(family.encode([Example("a cat", size=(32, 32), num_frames=5)]))
     noise = _noise(family)
     return family.decode(family.sample(model, family.condition(batch), noise, num_steps=2))
 
 
 def _noise(family: LatentFamily) -> Tensor:
-    channels = (16, 8, 8) if isinstance(family, Flux2Klein) else (16, 16, 16)
-    return Draws(3).normal("noise", torch.tensor([0]), channels)
+    shapes = {Flux2Klein: (16, 8, 8), ZImage: (16, 16, 16), Wan: (16, 2, 4, 4)}
+    return Draws(3).normal("noise", torch.tensor([0]), shapes[type(family)])
 
 
 def piped(pipeline: Any, family: LatentFamily) -> Tensor:
     """Return what a plain pipeline makes of the same noise."""
     pipeline.set_progress_bar_config(disable=True)
-    layers = {"text_encoder_out_layers": (1, 2, 3)} if isinstance(family, Flux2Klein) else {}
+    more: dict[str, Any] = {}
+    if isinstance(family, Flux2Klein):
+        more = {"text_encoder_out_layers": (1, 2, 3)}
+    if isinstance(family, Wan):
+        more = {"num_frames": 5}
+        pipeline.scheduler = tiny.EvenSigmas(shift=5.0)
     return pipeline(
         prompt="a cat",
         height=32,
@@ -98,8 +113,9 @@ def piped(pipeline: Any, family: LatentFamily) -> Tensor:
         latents=_noise(family),
         max_sequence_length=48,
         output_type="pt",
-        **layers,
-    ).images
+        return_dict=False,
+        **more,
+    )[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,6 +151,10 @@ def test_comfy_keys_are_those_of_the_original_layout(root: Path, tmp_path: Path,
         assert state["diffusion_model.double_blocks.1.txt_attn.qkv.lora_A.weight"].shape == (6, 32)
         assert state["diffusion_model.double_blocks.1.txt_attn.qkv.lora_B.weight"].shape == (96, 6)
         assert "diffusion_model.single_blocks.0.linear1.lora_A.weight" in state
+    elif name == "wan":
+        assert state["diffusion_model.blocks.1.cross_attn.o.lora_A.weight"].shape == (2, 24)
+        assert state["diffusion_model.blocks.0.ffn.0.lora_B.weight"].shape == (32, 2)
+        assert len(state) == len(adapter)
     else:
         assert set(state) == {f"diffusion_model.{key}" for key in adapter}
 

@@ -1,4 +1,4 @@
-"""The same questions to FLUX.2 klein and Z-Image, on tiny random models of the real classes."""
+"""The same questions to every family, on tiny random models of the real classes."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from diffdistill.methods.d_opsd import DOPSD
 from diffdistill.pipelines import qwen_vl
 from diffdistill.pipelines.flux2_klein import SUFFIXES, Flux2Klein, _inputs, _limited
 from diffdistill.pipelines.latent import LatentFamily
+from diffdistill.pipelines.wan import Wan
 from diffdistill.pipelines.z_image import ZImage
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
 from diffdistill.types import Example, Progress, State
 from tests import tiny
 
 CPU = torch.device("cpu")
-NAMES = ("klein", "z-image")
+IMAGES = ("klein", "z-image")
+NAMES = (*IMAGES, "wan")
 PROMPTS = ("a cat", "a dog that is much bigger")
 
 
@@ -35,6 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_klein(folder / "klein")
     tiny.save_z_image(folder / "z-image")
     tiny.save_vlm(folder / "vlm")
+    tiny.save_wan(folder / "wan")
     return folder
 
 
@@ -55,9 +58,14 @@ def z_image(root: Path, **options: Any) -> ZImage:
     return ZImage(path=str(root / "z-image"), device=CPU, **(defaults | options))
 
 
+def wan(root: Path, **options: Any) -> Wan:
+    """Return the tiny Wan."""
+    return Wan(path=str(root / "wan"), device=CPU, **({"max_sequence_length": 48} | options))
+
+
 def family_of(name: str, root: Path, **options: Any) -> LatentFamily:
     """Return a family by name."""
-    return klein(root, **options) if name == "klein" else z_image(root, **options)
+    return {"klein": klein, "z-image": z_image, "wan": wan}[name](root, **options)
 
 
 def picture(height: int, width: int, seed: int) -> Tensor:
@@ -71,6 +79,16 @@ def examples(count: int = 2, size: int = 32, references: int = 0) -> list[Exampl
     refs = tuple(picture(size, size, 10 + index) for index in range(references))
     return [
         Example(prompt, picture(size, size, seed), refs, f"{prompt}, detailed", origin=f"x:{seed}")
+        for seed, prompt in enumerate(PROMPTS[:count])
+    ]
+
+
+def examples_of(name: str, count: int = 2, size: int = 32) -> list[Example]:
+    """Return examples with what a family learns from: images, or videos of five frames."""
+    if name != "wan":
+        return examples(count, size)
+    return [
+        Example(prompt, video=torch.stack([picture(size, size, 10 * seed + i) for i in range(5)]))
         for seed, prompt in enumerate(PROMPTS[:count])
     ]
 
@@ -163,13 +181,14 @@ def test_z_image_samples_what_its_pipeline_samples(root: Path, num_steps: int) -
     torch.testing.assert_close(family.decode(latents), outputs[1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("exposure", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "exposure"), [*((name, 0.0) for name in NAMES), *((name, 1.0) for name in IMAGES)]
+)
 def test_a_batch_predicts_what_its_samples_predict_alone(
     root: Path, name: str, exposure: float
 ) -> None:
     family = family_of(name, root)
-    network, items = family.network(), examples()
+    network, items = family.network(), examples_of(name)
     batch = batch_of(family, items)
     state = state_of(family, batch)
     together = family.predict(network, state, family.condition(batch, exposure=exposure))
@@ -183,28 +202,23 @@ def test_a_batch_predicts_what_its_samples_predict_alone(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_views_and_the_negative_prompt_change_the_prediction(root: Path, name: str) -> None:
     family = family_of(name, root)
-    network, batch = family.network(), batch_of(family, examples())
+    network, batch = family.network(), batch_of(family, examples_of(name))
     state = state_of(family, batch)
-    plain, privileged, negative = (
-        family.predict(network, state, condition)
-        for condition in (
-            family.condition(batch),
-            family.condition(batch, exposure=1.0),
-            family.condition(batch, negative=True),
-        )
-    )
-    assert (plain - privileged).abs().max() > 1e-4
-    assert (plain - negative).abs().max() > 1e-4
+    conditions = [family.condition(batch), family.condition(batch, negative=True)]
+    if family.views:
+        conditions.append(family.condition(batch, exposure=1.0))
+    plain, *others = (family.predict(network, state, condition) for condition in conditions)
+    assert all((plain - other).abs().max() > 1e-4 for other in others)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_the_negative_prompt_is_the_empty_one(root: Path, name: str) -> None:
     family = family_of(name, root, view="none")
     empty, other = family.encode([Example("", size=(32, 32)), Example("a", size=(32, 32))])
     assert torch.equal(other["negative"], empty["text"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_detailed_prompts_are_seen_in_place_of_the_prompts(root: Path, name: str) -> None:
     family = family_of(name, root, view="detailed-prompt")
     encoded = family.encode(examples(1))[0]
@@ -247,8 +261,13 @@ def _pixels(image: Image.Image) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_without_image_has_empty_latents_of_its_size(root: Path, name: str) -> None:
     family = family_of(name, root)
-    sized = family.encode([Example("a", size=(64, 36))], privileged=False)[0]["latents"]
-    real = family.encode([Example("a", picture(64, 36, 0))], privileged=False)[0]["latents"]
+    target = examples_of(name, 1)[0]
+    if target.video is None:
+        target = Example("a", picture(64, 36, 0))
+    else:
+        target = Example("a", video=torch.rand(5, 3, 64, 36))
+    sized = family.encode([target.without_target()], privileged=False)[0]["latents"]
+    real = family.encode([target], privileged=False)[0]["latents"]
     assert sized.shape == real.shape
     assert sized.abs().max() == 0.0
     assert real.dtype == torch.float32
@@ -280,7 +299,7 @@ def test_the_vlm_sees_pixels_that_are_not_scaled_down_twice(root: Path) -> None:
     torch.testing.assert_close(seen[0].std(), expected.std(), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_an_example_that_lacks_what_the_view_shows_is_named(root: Path, name: str) -> None:
     family = family_of(name, root)
     with pytest.raises(UserError, match=r"rows\.jsonl:7: view .* needs a target image"):
@@ -299,7 +318,7 @@ def test_an_unknown_view_lists_the_known_ones(root: Path) -> None:
         z_image(root, view="reference")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_exposure_is_all_or_nothing(root: Path, name: str) -> None:
     family = family_of(name, root, view="none")
     batch = batch_of(family, examples(1))
@@ -408,7 +427,7 @@ def test_features_carry_the_graph_with_checkpointing_too(root: Path, name: str) 
     for checkpointing in (False, True):
         family = family_of(name, root)
         roles = _roles(family, checkpointing)
-        batch = batch_of(family, examples())
+        batch = batch_of(family, examples_of(name))
         state, student = state_of(family, batch), roles["student"]
         with student._acting(CPU):
             features = family.features(student.network, state, family.condition(batch))
@@ -436,7 +455,7 @@ def _gradient(roles: Roles) -> Tensor:
     return torch.cat([p.grad.flatten() for p in rows if p.grad is not None])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_a_d_opsd_step_has_the_same_gradient_with_checkpointing(root: Path, name: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -463,6 +482,10 @@ KLEIN_DOUBLE = (
     "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
     "attn.to_add_out ff.linear_in ff.linear_out ff_context.linear_in ff_context.linear_out"
 )
+WAN_BLOCK = (
+    "attn1.to_q attn1.to_k attn1.to_v attn1.to_out.0 attn2.to_q attn2.to_k attn2.to_v "
+    "attn2.to_out.0 ffn.net.0.proj ffn.net.2"
+)
 Z_BLOCK = (
     "attention.to_q attention.to_k attention.to_v attention.to_out.0 "
     "feed_forward.w1 feed_forward.w2 feed_forward.w3"
@@ -481,6 +504,7 @@ def test_lora_reaches_attention_and_feed_forward_of_every_block(root: Path, name
         "z-image": dict.fromkeys(
             ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"), Z_BLOCK
         ),
+        "wan": dict.fromkeys(("blocks.0", "blocks.1"), WAN_BLOCK),
     }[name]
     expected = {f"{block}.{part}" for block, parts in blocks.items() for part in parts.split()}
     roles = _roles(family_of(name, root), checkpointing=False)
@@ -488,7 +512,7 @@ def test_lora_reaches_attention_and_feed_forward_of_every_block(root: Path, name
         names = roles[role].parameters()
         found = {key.removesuffix(".lora_A.weight") for key in names if ".lora_A." in key}
         assert found == expected
-    assert roles.matched["student"] == len(expected) == 28
+    assert roles.matched["student"] == len(expected) == {"wan": 20}.get(name, 28)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -498,16 +522,17 @@ def test_nothing_is_loaded_before_it_is_used(root: Path, name: str) -> None:
     family.grid(4, (16, 8, 8))
     family.fingerprint()
     assert family._loaded == {}
-    family.encode([Example("a", size=(32, 32))], privileged=False)
+    family.encode([Example("a", size=(32, 32), num_frames=5)], privileged=False)
     assert list(family._loaded) == ["text_encoder"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_released_and_offloaded_encoders_give_the_same(root: Path, name: str) -> None:
     family, offloaded = family_of(name, root), family_of(name, root, offload="encoders")
-    first = family.encode(examples(1))[0]
+    items = examples_of(name, 1)
+    first = family.encode(items)[0]
     family.release()
-    for again in (family.encode(examples(1))[0], offloaded.encode(examples(1))[0]):
+    for again in (family.encode(items)[0], offloaded.encode(items)[0]):
         assert first.keys() == again.keys()
         assert all(torch.equal(first[key], again[key]) for key in first)
 
@@ -516,10 +541,14 @@ def test_released_and_offloaded_encoders_give_the_same(root: Path, name: str) ->
 def test_the_fingerprint_follows_what_alters_an_encoding(root: Path, name: str) -> None:
     base = family_of(name, root).fingerprint()
     assert family_of(name, root).fingerprint() == base
-    assert family_of(name, root, attention="sdpa", noise_grid="reference").fingerprint() == base
+    other = {"shift": 3.0, "vae_tiling": True} if name == "wan" else {"noise_grid": "reference"}
+    assert family_of(name, root, attention="sdpa", **other).fingerprint() == base
     changes: list[dict[str, Any]] = [{"dtype": "bf16"}, {"max_sequence_length": 32}]
-    changes += [{"view": "detailed-prompt"}]
-    changes += [{"suffix": "x"}] if name == "klein" else [{"vlm_rope_base": 1e6}]
+    changes += {
+        "klein": [{"view": "detailed-prompt"}, {"suffix": "x"}],
+        "z-image": [{"view": "detailed-prompt"}, {"vlm_rope_base": 1e6}],
+        "wan": [{"negative_prompt": "bad"}, {"vae_dtype": "bf16"}],
+    }[name]
     prints = {family_of(name, root, **change).fingerprint() for change in changes}
     assert len(prints | {base}) == len(changes) + 1
 

@@ -37,6 +37,15 @@ def test_clean_asks_the_model_once_and_passes_its_gradient_times_minus_t() -> No
     assert velocity.grad.flatten().tolist() == [-0.25, -1.0]
 
 
+def test_per_sample_scales_each_frame_where_frames_differ() -> None:
+    like, values = torch.ones(2, 3, 4, 1, 2), torch.arange(8.0).reshape(2, 4)
+    scaled = per_sample(values, like) * like
+    assert scaled.shape == like.shape
+    for sample in range(2):
+        for frame in range(4):
+            assert (scaled[sample, :, frame] == values[sample, frame]).all()
+
+
 def test_per_sample_scales_rows_and_nothing_else() -> None:
     like = torch.ones(2, 3, 4, 5, 6)
     scaled = per_sample(torch.tensor([2.0, 5.0]), like) * like

@@ -11,7 +11,9 @@ import torch
 from diffdistill import checkpoints
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import Interrupted, train
+from diffdistill.config import parse_config
 from diffdistill.trainer import Trainer
+from tests.tiny_streams import stream_values
 from tests.toy_run import forked, losses, make_data, toy_config
 
 
@@ -182,3 +184,25 @@ def test_only_the_newest_checkpoints_are_kept(whole: tuple[Path, Path]) -> None:
     _, run = whole
     assert Checkpoints(run).names() == ["step-000004", "step-000006", "step-000008"]
     assert (run / "checkpoints" / "latest").read_text() == "step-000008"
+
+
+def test_a_stream_with_a_balance_of_rewards_goes_on_exactly(tmp_path: Path) -> None:
+    values = stream_values(tmp_path, "stream-r1")
+    values["rewards"] = "tests.tiny_streams:Warmth"
+    values["method"] |= {"student_every": 1, "balance_window": 4, "balance_warmup": 1}
+    config = parse_config(values)
+    train(config, tmp_path / "whole")
+
+    def killed() -> None:
+        die_after_step(3)
+        train(config, tmp_path / "broken")
+
+    assert forked(killed) == -signal.SIGKILL
+    train(config, tmp_path / "broken", "latest")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    one, two = (Checkpoints(tmp_path / name).load()[0] for name in ("whole", "broken"))
+    assert one.state["method"] == two.state["method"]
+    assert one.state["method"]["balance"]["seen"] == 4
+    for file, tensors in one.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(two.tensors[file][name], tensor), (file, name)

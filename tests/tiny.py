@@ -8,13 +8,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -22,6 +25,8 @@ from transformers import (
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 SPECIAL = (
@@ -210,6 +215,93 @@ def save_vlm(folder: Path, seed: int = 1, rope_base: float = 5e6, num_layers: in
 
 
 VISION_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end")
+
+
+def wan_transformer(**changes: Any) -> WanTransformer3DModel:
+    """Return a Wan transformer of two blocks."""
+    config = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 16,
+        "freq_dim": 256,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 64,
+    }
+    return WanTransformer3DModel(**(config | changes))
+
+
+def wan_vae(**changes: Any) -> AutoencoderKLWan:
+    """Return a VAE like Wan2.1's: 16 channels, strides 4 and 8."""
+    config = {
+        "base_dim": 3,
+        "z_dim": 16,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
+    return AutoencoderKLWan(**(config | changes))
+
+
+def wan22_vae() -> AutoencoderKLWan:
+    """Return a VAE like Wan2.2-TI2V-5B's: 48 channels, strides 4 and 16, patches of 2."""
+    return wan_vae(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=torch.linspace(-1.0, 1.0, 48).tolist(),
+        latents_std=torch.linspace(0.5, 2.0, 48).tolist(),
+    )
+
+
+def umt5_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer that ends each text, as UMT5's does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+
+
+def save_wan(folder: Path, seed: int = 0, *, like: str = "2.1") -> Path:
+    """Save a Wan pipeline; ``like`` is 2.1, or 2.2 for the sizes of TI2V-5B."""
+    torch.manual_seed(seed)
+    words = umt5_tokenizer()
+    config = UMT5Config(
+        vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    channels = 16 if like == "2.1" else 48
+    pipeline = WanPipeline(
+        tokenizer=words,
+        text_encoder=UMT5EncoderModel(config),
+        vae=wan_vae() if like == "2.1" else wan22_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=wan_transformer(in_channels=channels, out_channels=channels),
+        expand_timesteps=like != "2.1",
+    )
+    pipeline.save_pretrained(str(folder))
+    return folder
+
+
+class EvenSigmas(FlowMatchEulerDiscreteScheduler):
+    """Spaces its times evenly before the shift: ``WanPipeline`` has no argument for them."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Set as many times, from 1 down."""
+        sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        super().set_timesteps(sigmas=sigmas, device=device)
 
 
 def edit_json(file: Path, **changes: Any) -> None:

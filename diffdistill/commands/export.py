@@ -12,7 +12,10 @@ from diffdistill.pipelines.exporting import (
     export_single_file,
 )
 from diffdistill.pipelines.latent import LatentFamily
+from diffdistill.pipelines.wan_pipeline import write_settings
+from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.roles import Role
+from diffdistill.session import Session
 
 LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora")
 
@@ -50,7 +53,20 @@ def export(
     family = session.family
     if not isinstance(family, LatentFamily):
         raise UserError(f"the family {session.config.family['name']} has nothing to export to")
-    return _write(family, known_roles[role], output, layout)
+    written = _write(family, known_roles[role], output, layout)
+    if isinstance(family, WanStreaming):
+        _say_how_it_streams(session, family, written)
+    return written
+
+
+def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -> None:
+    method = session.config.method
+    write_settings(
+        written if written.is_dir() else written.parent,
+        family,
+        num_steps=int(method["num_steps"]),
+        sampler=method.get("sampler", "euler"),
+    )
 
 
 def _write(family: LatentFamily, role: Role, output: Path, layout: str) -> Path:

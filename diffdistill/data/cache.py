@@ -76,14 +76,14 @@ class EncodedDataset:
             dataset: The examples.
             family: Encodes them.
             folder: Where to keep the outputs; other data sets may use it too.
-            batch_size: How many examples to encode at once.
+            batch_size: How many examples to encode at once; of videos, one at a time.
             keep_in_memory: How many bytes of outputs may stay in memory once read.
         """
         self.dataset = dataset
         self.folder = folder
         self._family = family
         self._fingerprint = family.fingerprint()
-        self._batch_size = batch_size
+        self._batch_size = 1 if dataset.has_videos() else batch_size
         self._room = keep_in_memory
         self._memory: dict[Path, dict[str, Tensor]] = {}
 
@@ -105,10 +105,10 @@ class EncodedDataset:
         if path in self._memory:
             return self._memory[path]
         try:
-            tensors = load_file(path)
+            tensors = dict(_unpacked(*pair) for pair in load_file(path).items())
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {path}: {error}. Start again to encode it") from error
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
         if num_bytes <= self._room:
             self._memory[path] = tensors
             self._room -= num_bytes
@@ -181,8 +181,29 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
+ZEROS = "zeros:"
+"""Before the name of float32 zeros that are one number in memory: their shape is kept instead.
+The latents of a video to be generated would be megabytes of them."""
+
+
+def _packed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Return name and content as they are kept."""
+    tensor = tensor.detach().cpu()
+    one = tensor.dtype == torch.float32 and tensor.numel() > 1 and not any(tensor.stride())
+    if one and not tensor.flatten()[0]:
+        return ZEROS + name, torch.tensor(tensor.shape)
+    return name, tensor.contiguous().clone()
+
+
+def _unpacked(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Return name and content as they were given."""
+    if name.startswith(ZEROS):
+        return name.removeprefix(ZEROS), torch.zeros(1).expand(tensor.tolist())
+    return name, tensor
+
+
 def _write(file: Path, tensors: Encoded) -> None:
-    content = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+    content = save(dict(_packed(*pair) for pair in tensors.items()))
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as stream:
         stream.write(content)

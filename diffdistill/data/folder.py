@@ -1,9 +1,10 @@
-"""Reading ``data.path``: a folder of images with captions, or a file of prompts."""
+"""Reading ``data.path``: a folder of images or videos with captions, or a file of prompts."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
+from diffdistill.data import videos
 from diffdistill.data.problems import Problem
 from diffdistill.data.records import (
     Bad,
@@ -31,7 +32,8 @@ def read_path(path: Path, settings: DataSettings, problems: list[Problem]) -> li
     if path.is_dir():
         table = _metadata(path)
         if table is None:
-            return collect(_sidecar, _images(path), problems)
+            targets = _targets(path, settings)
+            return collect(lambda target: _sidecar(target, settings), targets, problems)
         return _read_metadata(path, table, settings, problems)
     if not path.exists():
         raise UserError(f"data.path {path} does not exist")
@@ -60,9 +62,11 @@ def _read_metadata(
     rows = read_table(table, problems)
     records = collect(lambda row: _record(folder, row, settings), rows, problems)
     used = {p.path for record in records for p in record.pictures() if isinstance(p, PictureFile)}
-    unused = set(_images(folder)) - used
+    used |= {record.video.path for record in records if record.video}
+    unused = set(_targets(folder, settings)) - used
     if unused:
-        log.warning("%d images in %s are not used by %s", len(unused), folder, table.name)
+        kind = "videos" if settings.num_frames else "images"
+        log.warning("%d %s in %s are not used by %s", len(unused), kind, folder, table.name)
     return records
 
 
@@ -70,13 +74,35 @@ def _record(folder: Path, row: Row, settings: DataSettings) -> Record:
     name = row.values.get("file_name")
     if not isinstance(name, str) or not name:
         raise Bad("missing file", row.origin, "there is no 'file_name'")
+    video = _video(folder / name, row) if settings.num_frames else None
     return Record(
         prompt=caption(row.values, settings.prompt_column, row.origin),
-        image=_file(folder, name, "missing file", row.origin),
+        image=None if video else _image(folder, name, row.origin),
+        video=video,
         references=_references(folder, row, settings.reference_column),
         detailed_prompt=detailed_caption(row.values, settings.detailed_prompt_column, row.origin),
         origin=row.origin,
     )
+
+
+def _image(folder: Path, name: str, origin: str) -> PictureFile:
+    path = folder / name
+    if path.is_dir() or path.suffix.lower() in videos.SUFFIXES - SUFFIXES:
+        raise Bad("not an image", origin, f"{path}: set data.num_frames to read videos")
+    return _file(folder, name, "missing file", origin)
+
+
+def _video(path: Path, row: Row) -> videos.VideoFile:
+    if not path.exists():
+        raise Bad("missing file", row.origin, f"{path} does not exist")
+    if path.is_file() and path.suffix.lower() not in videos.SUFFIXES:
+        known = ", ".join(sorted(videos.SUFFIXES))
+        raise Bad("not a video", row.origin, f"{path}: neither a folder of frames nor {known}")
+    fps = row.values.get("fps")
+    try:
+        return videos.VideoFile(path, None if fps is None else float(fps))
+    except (TypeError, ValueError):
+        raise Bad("malformed fps", row.origin, f"not a number: {fps!r}") from None
 
 
 def _references(folder: Path, row: Row, column: str | None) -> tuple[PictureFile, ...]:
@@ -96,8 +122,10 @@ def _file(folder: Path, name: Any, kind: str, origin: str) -> PictureFile:
     return PictureFile(path)
 
 
-def _images(folder: Path) -> list[Path]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+def _targets(folder: Path, settings: DataSettings) -> list[Path]:
+    """Return the images in a folder, or the videos; folders of frames are not found."""
+    suffixes = videos.SUFFIXES if settings.num_frames else SUFFIXES
+    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes)
     return [path for path in paths if not _is_hidden(path.relative_to(folder))]
 
 
@@ -105,11 +133,14 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _sidecar(image: Path) -> Record:
-    text = image.with_suffix(".txt")
+def _sidecar(target: Path, settings: DataSettings) -> Record:
+    text = target.with_suffix(".txt")
     if not text.is_file():
-        raise Bad("missing caption", str(image), f"there is no {text.name} and no metadata.jsonl")
-    return Record(_text(text.read_bytes(), str(text)), PictureFile(image), origin=str(image))
+        raise Bad("missing caption", str(target), f"there is no {text.name} and no metadata.jsonl")
+    prompt = _text(text.read_bytes(), str(text))
+    if settings.num_frames:
+        return Record(prompt, video=videos.VideoFile(target), origin=str(target))
+    return Record(prompt, PictureFile(target), origin=str(target))
 
 
 def _prompt_line(line: tuple[bytes, str]) -> Record:
@@ -128,7 +159,7 @@ def _text(data: bytes, origin: str) -> str:
 
 def _prompt_row(row: Row, settings: DataSettings) -> Record:
     if "file_name" in row.values:
-        raise Bad("malformed line", row.origin, "images are read from a folder: give that instead")
+        raise Bad("malformed line", row.origin, "files are read from a folder: give that instead")
     return Record(
         prompt=caption(row.values, settings.prompt_column, row.origin),
         detailed_prompt=detailed_caption(row.values, settings.detailed_prompt_column, row.origin),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from diffdistill.data.problems import Problem
+from diffdistill.data.videos import VideoFile
 
 T = TypeVar("T")
 
@@ -32,14 +33,15 @@ class PictureFile(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One example, its images not yet read.
+    """One example, its images and video not yet read.
 
     Attributes:
         prompt: The caption, never empty.
-        image: The target image, or None for prompts only.
+        image: The target image, or None where there is none.
         references: The source images of an editing pair.
         detailed_prompt: A longer caption.
         origin: Where it came from ("file:line").
+        video: The target video, or None where there is none.
     """
 
     prompt: str
@@ -47,6 +49,7 @@ class Record(NamedTuple):
     references: tuple[Picture, ...] = ()
     detailed_prompt: str | None = None
     origin: str = ""
+    video: VideoFile | None = None
 
     def pictures(self) -> tuple[Picture, ...]:
         """Return the target image, if there is one, and the references."""

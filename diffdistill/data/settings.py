@@ -9,9 +9,9 @@ class DataSettings:
     """Where examples come from, and what is done to them before encoding.
 
     Attributes:
-        path: A folder of images with ``metadata.jsonl`` (or ``.csv``, ``.parquet``) or with a
-            ``.txt`` file beside each image; or a ``.txt`` or ``.jsonl`` file of prompts only;
-            or "bundled:NAME".
+        path: A folder of images (or videos, see ``num_frames``) with ``metadata.jsonl`` (or
+            ``.csv``, ``.parquet``) or with a ``.txt`` file beside each; or a ``.txt`` or
+            ``.jsonl`` file of prompts only; or "bundled:NAME".
         source: Instead of ``path``, whatever ``datasets.load_dataset`` can read: a hub id, or
             a builder ("json", "parquet", "imagefolder", ...) together with ``files``.
         split: The split of ``source`` to read.
@@ -26,8 +26,16 @@ class DataSettings:
         batch_size: Examples in a micro-batch, on each rank.
         resolution: The area of images is at most the square of this. None crops each image to
             its own size, rounded down to ``multiple``.
+        size: Instead of ``resolution``, the one size ``[H, W]`` that all images and videos are
+            brought to, and that is generated where there are none.
         buckets: Whether images keep their aspect ratio (up to 1:4). False makes them square.
-        multiple: Sides of images are divisible by this.
+        multiple: Sides of images are divisible by this. Wan2.1 needs 16, Wan2.2-TI2V-5B 32.
+        num_frames: Frames of each video, 1 plus a multiple of 4 for Wan. ``file_name`` is then a
+            video (mp4, webm, mov, mkv, avi, gif) or a folder with an image for each frame, in
+            the order of their names; prompts only ask for so many frames. None reads images.
+        fps: Frames per second of a clip; the nearest stored frames are taken. A folder of frames
+            needs ``fps`` in its row of the metadata. None takes each stored frame.
+        clip: Which part of a longer video is taken.
         repeats: How many times an epoch goes over each example.
         prompt_dropout: The share of samples that are trained with an empty prompt.
         on_error: Whether a bad example is an error or is skipped, counted and logged.
@@ -45,8 +53,12 @@ class DataSettings:
     detailed_prompt_column: str | None = None
     batch_size: int = 1
     resolution: int | None = 1024
+    size: tuple[int, int] | None = None
     buckets: bool = True
     multiple: int = 32
+    num_frames: int | None = None
+    fps: float | None = None
+    clip: Literal["start", "center"] = "start"
     repeats: int = 1
     prompt_dropout: float = 0.0
     on_error: Literal["error", "skip"] = "error"

@@ -6,21 +6,53 @@ predictions is the student's gradient. The critic learns to denoise the student'
 Optionally a classifier head on the critic's features tells noised data from noised samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from diffdistill.divergences import distribution_matching, masked_mean, mse, softplus_gan
+from diffdistill.divergences import (
+    Normalizer,
+    half_squared,
+    masked_mean,
+    matching_target,
+    mse,
+    softplus_gan,
+)
 from diffdistill.draws import Draws
 from diffdistill.method import Method
 from diffdistill.protocols import Discriminator, Family, Model
 from diffdistill.readouts import GuidanceForm, clean, clean_of, guided_clean
 from diffdistill.schedules import score_time
 from diffdistill.types import Batch, Condition, Loss, Progress, State
+
+
+class Goal(NamedTuple):
+    """What pulls a finished sample; all constants.
+
+    Attributes:
+        target: Where distribution matching wants it, of the sample's shape.
+        weight: Factor of the error there, broadcastable; None is 1.
+        gradient: The adversarial loss's gradient in the sample; None without one.
+        metrics: Scalars to log.
+    """
+
+    target: Tensor
+    weight: Tensor | None = None
+    gradient: Tensor | None = None
+    metrics: Mapping[str, Tensor] = {}
+
+    def frames(self, start: int, stop: int) -> "Goal":
+        """Return the part of the goal for some latent frames of ``[B, C, F, H, W]``."""
+        target, weight, gradient = (
+            None if part is None else part[:, :, start:stop]
+            for part in (self.target, self.weight, self.gradient)
+        )
+        assert target is not None
+        return Goal(target, weight, gradient, self.metrics)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +80,10 @@ class DMD(Method):
         score_low: Smallest such noise level; 0.02 in DMD2.
         score_high: Largest such noise level; 0.98 in DMD2.
         epsilon: Added to DMD's normalizer; 0 in DMD2, 1e-6 in FastGen.
+        normalizer: Whether that is a mean over each ``sample`` (DMD2, Self-Forcing, FastGen) or
+            over the ``batch`` at hand (FastVideo; then micro-batches are not independent).
+        reduction: ``mean`` is half the mean squared error of a sample; ``sum`` its sum, without
+            the half (rCM). It matters to clipping alone where the optimizer is Adam.
         gan_weight: Weight of the adversarial term in the student's loss; 0 has none. 5e-3 in
             DMD2's SDXL. Needs data with images, and ``roles.critic.head: true``.
         gan_critic_weight: Weight of the adversarial term in the critic's loss; 1e-2 in DMD2.
@@ -75,6 +111,8 @@ class DMD(Method):
     score_low: float = 0.02
     score_high: float = 0.98
     epsilon: float = 0.0
+    normalizer: Normalizer = "sample"
+    reduction: Literal["mean", "sum"] = "mean"
     gan_weight: float = 0.0
     gan_critic_weight: float = 0.01
 
@@ -96,7 +134,9 @@ class DMD(Method):
         with torch.set_grad_enabled(train_student):
             sample = self._sample(batch, prompt, progress)
         if train_student:
-            yield self._student_loss(batch, prompt, sample)
+            goal = self._goal(batch, prompt, sample.detach())
+            value = self._towards(sample, goal)
+            yield Loss("student", value, len(sample), metrics=goal.metrics)
         if not train_student or self.ratio == "every-step":
             yield self._critic_loss(batch, prompt, sample.detach())
 
@@ -134,7 +174,8 @@ class DMD(Method):
         noise = self.draws.normal(f"noise/{purpose}", ids, sample.shape[1:])
         return self.family.noise(sample, t, noise), noise
 
-    def _student_loss(self, batch: Batch, prompt: Condition, sample: Tensor) -> Loss:
+    def _goal(self, batch: Batch, prompt: Condition, sample: Tensor) -> Goal:
+        """Return where a finished ``sample`` (detached) should have been."""
         with torch.no_grad():
             state, _ = self._noised(batch, sample, "student")
             fake = clean(self.critic, state, prompt)
@@ -146,16 +187,25 @@ class DMD(Method):
                 scale=self.guidance,
                 form=self.guidance_form,
             )
-        error = distribution_matching(sample, real, fake, epsilon=self.epsilon)
-        value, count = masked_mean(error), len(sample)
-        if self.gan_weight == 0:
-            return Loss("student", value, count)
-        realism, gradient = self._realism(batch, prompt, sample)
-        # Linear in the sample, so its gradient is the head's and nothing reaches the critic.
-        adversarial = (gradient * sample).sum() - (gradient * sample.detach()).sum() + realism
-        return Loss(
-            "student", value + self.gan_weight * adversarial, count, metrics={"gan": realism}
+        target = matching_target(
+            sample, real, fake, epsilon=self.epsilon, normalizer=self.normalizer
         )
+        if self.gan_weight == 0:
+            return Goal(target)
+        realism, gradient = self._realism(batch, prompt, sample)
+        return Goal(target, gradient=gradient, metrics={"gan": realism})
+
+    def _towards(self, sample: Tensor, goal: Goal, share: float = 1.0) -> Tensor:
+        """Return the student's loss of a share of the sample, and of its goal."""
+        error = half_squared(sample, goal.target)
+        value = masked_mean(error, weight=goal.weight)
+        if self.reduction == "sum":
+            value = value * (2.0 * error[0].numel() / share)
+        if goal.gradient is None:
+            return value
+        # Linear in the sample, so its gradient is the head's and nothing reaches the critic.
+        change = (goal.gradient * (sample - sample.detach())).sum() / share
+        return value + self.gan_weight * (change + goal.metrics["gan"])
 
     def _realism(self, batch: Batch, prompt: Condition, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student's adversarial loss, and its gradient in ``sample``."""

@@ -1,0 +1,94 @@
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffdistill.checkpoints import restore
+from diffdistill.commands.export import export
+from diffdistill.commands.train import train
+from diffdistill.config import parse_config
+from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.pipelines.wan_pipeline import SETTINGS, StreamingPipeline
+from tests.tiny_streams import stream_values
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA student, trained for a moment."""
+    folder = tmp_path_factory.mktemp("run")
+    train(parse_config(stream_values(folder, steps=2, lr=0.3)), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    return export(run, run.parent / "student", layout="pipeline")
+
+
+def first_blocks(pipe: StreamingPipeline, count: int, **options: Any) -> torch.Tensor:
+    return torch.cat(list(islice(pipe.stream("a red ball", size=SIZE, **options), count)))
+
+
+def test_the_exported_student_streams_what_the_run_would(run: Path, exported: Path) -> None:
+    pipe = StreamingPipeline.from_pretrained(exported)
+    session = restore(run)
+    family: Any = session.family
+    condition = pipe._condition("a red ball", SIZE)
+    ids = torch.zeros(1, dtype=torch.long)
+    shape = (16, 2, 4, 4)
+    noise = [Draws(3).normal(f"stream/{b}", ids, shape) for b in range(3)]
+    sample = family.rollout(
+        session.roles["student"],
+        condition,
+        torch.cat(noise, dim=2),
+        num_steps=2,
+        exits=[1] * 3,
+        renoise=lambda block, step: Draws(3).normal(f"renoise/{block}/{step}", ids, shape),
+    ).sample
+    frames = first_blocks(pipe, 3, seed=3)
+    assert frames.shape == (21, 3, 32, 32)
+    torch.testing.assert_close(frames, family.decode(sample)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_exported_lora_makes_the_same_frames_as_the_merged_student(
+    run: Path, exported: Path
+) -> None:
+    lora = export(run, run.parent / "lora", layout="lora").parent
+    base = run.parent / "wan"
+    pipes = [
+        StreamingPipeline.from_pretrained(exported),
+        StreamingPipeline.from_pretrained(base, lora=lora),
+    ]
+    frames = [first_blocks(pipe, 2) for pipe in pipes]
+    torch.testing.assert_close(frames[0], frames[1], rtol=1e-4, atol=1e-4)
+    (base / SETTINGS).write_text((exported / SETTINGS).read_text())
+    untrained = first_blocks(StreamingPipeline.from_pretrained(base), 2)
+    (base / SETTINGS).unlink()
+    assert not torch.allclose(untrained, frames[0], atol=1e-3)
+
+
+def test_so_many_frames_as_asked_for(exported: Path) -> None:
+    pipe = StreamingPipeline.from_pretrained(exported)
+    frames = pipe("a red ball", num_frames=7, size=SIZE)
+    assert torch.equal(frames, first_blocks(pipe, 2)[:7])
+    assert len(pipe("a red ball", num_frames=1, size=SIZE)) == 1
+
+
+def test_a_prompt_switch_begins_at_the_block_of_its_frame(exported: Path) -> None:
+    pipe = StreamingPipeline.from_pretrained(exported)
+    # blocks of two latents: frames 0-4, 5-12, 13-20
+    assert [pipe.block_of(f) for f in (0, 4, 5, 12, 13, 20, 21)] == [0, 0, 1, 1, 2, 2, 3]
+    plain = first_blocks(pipe, 3)
+    switched = first_blocks(pipe, 3, switches={6: "a blue box"})
+    assert torch.equal(plain[:5], switched[:5])
+    assert not torch.allclose(plain[5:], switched[5:], atol=1e-4)
+
+
+def test_a_folder_that_does_not_say_how_it_streams_is_refused(run: Path) -> None:
+    with pytest.raises(UserError, match=r"no streaming\.json"):
+        StreamingPipeline.from_pretrained(run.parent / "wan")
