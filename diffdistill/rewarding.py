@@ -116,8 +116,9 @@ class Reward(ABC):
         self, videos: Tensor, prompts: Sequence[str], saliency: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return raw scores and saliency of one micro-batch, detached."""
+        full = videos.detach().to(torch.promote_types(videos.dtype, torch.float32))
         with torch.no_grad():
-            seen = self.seen(videos.detach())
+            seen = self.seen(full)
         with torch.set_grad_enabled(saliency):
             seen = seen.detach().requires_grad_(saliency)
             scores = self.checked(self.score_seen(seen, prompts), prompts)

@@ -30,7 +30,7 @@ class Clip(ImageReward):
     """
 
     axes: ClassVar[tuple[str, ...]] = ("text",)
-    weights: ClassVar = "a file of OpenCLIP weights"
+    file_wanted: ClassVar = "a file of OpenCLIP weights"
 
     model: str = "ViT-B-32"
     path: str = ""
@@ -39,7 +39,7 @@ class Clip(ImageReward):
     def __post_init__(self) -> None:
         """Load the model."""
         super().__post_init__()
-        file = local(self.path, type(self).__name__, "path", self.weights)
+        file = local(self.path, type(self).__name__, "path", self.file_wanted)
         self.clip = load_open_clip(self.model, file, self, self.weights_dtype)
 
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -191,7 +191,7 @@ class DigitsVideo(Reward):
         path: Folder of the networks, or ``bundled:`` and the name of a bundled model.
     """
 
-    axes: ClassVar = ("visual", "motion", "text")
+    axes: ClassVar[tuple[str, ...]] = ("visual", "motion", "text")
 
     path: str = "bundled:digits-video"
 

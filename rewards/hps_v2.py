@@ -24,7 +24,9 @@ class HPSv2(Clip):
     """
 
     axes: ClassVar[tuple[str, ...]] = ("preference",)
-    weights: ClassVar = "HPS_v2.1_compressed.pt of huggingface.co/xswu/HPSv2, or a safetensors copy"
+    file_wanted: ClassVar = (
+        "HPS_v2.1_compressed.pt of huggingface.co/xswu/HPSv2, or a safetensors copy"
+    )
 
     model: str = "ViT-H-14"
     fit: Fit = "pad"

@@ -46,6 +46,8 @@ VIDEO = "<|video_pad|>"
 TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 TEMPLATE_FIELD = "{text_prompt}"
 HEAD = "rm_head.weight"
+WORDS = "language_model.embed_tokens.weight"
+UPDATE = ".update"
 NAME = "VideoReward"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -108,13 +110,10 @@ class VideoReward(Reward):
         with explained(NAME, f"read the config in {base}"):
             config = Qwen2VLConfig.from_pretrained(str(base))
         self.head = self._checked_head(weights.pop(HEAD, None), config.text_config.hidden_size)
-        if complete := "language_model.embed_tokens.weight" in weights:
-            config.text_config.vocab_size = len(weights["language_model.embed_tokens.weight"])
         with explained(NAME, f"load the weights in {self.path}"):
-            if not complete:
-                trained, weights = weights, _base_weights(base)
-                _grow(weights, len(self.tokenizer), config)
-                _update(weights, trained)
+            if any(name.endswith(UPDATE) for name in weights):
+                weights = _updated(_base_weights(base, len(self.tokenizer)), weights)
+            config.text_config.vocab_size = len(weights[WORDS])
             network, info = Qwen2VLModel.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
             )
@@ -352,39 +351,37 @@ def merged(weights: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, 
         name = f"{stem}.weight"
         known = complete.get(name)
         if known is None:
-            complete[f"{name}.update"] = update
+            complete[name + UPDATE] = update
         else:
             complete[name] = (known.float() + update).to(known.dtype)
     return complete
 
 
-def _update(weights: dict[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-    """Put trained weights and low-rank updates into the base model's, in place."""
+def _updated(weights: dict[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the base model's weights with trained ones and low-rank updates put in."""
     for name, value in trained.items():
-        if name.endswith(".update"):
-            target = name.removesuffix(".update")
-            weights[target] = (weights[target].float() + value).to(weights[target].dtype)
-        else:
-            weights[name] = value
+        target = name.removesuffix(UPDATE)
+        known = weights[target]
+        weights[target] = (known.float() + value).to(known.dtype) if target != name else value
+    return weights
 
 
-def _base_weights(base: Path) -> dict[str, Tensor]:
-    """Return the weights of the Qwen2-VL in ``base``."""
+def _base_weights(base: Path, num_words: int) -> dict[str, Tensor]:
+    """Return the weights of the Qwen2-VL in ``base``, with so many words.
+
+    New words are the mean of all; the checkpoint brings its own.
+    """
     from transformers import Qwen2VLForConditionalGeneration
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(
         str(base), use_safetensors=True, local_files_only=True
     )
-    return dict(network.model.state_dict())
-
-
-def _grow(weights: dict[str, Tensor], size: int, config: Any) -> None:
-    """Bring the table of words to ``size`` rows: new ones are the mean of all."""
-    name = "language_model.embed_tokens.weight"
-    table = weights[name]
+    weights: dict[str, Tensor] = dict(network.model.state_dict())
+    table = weights[WORDS]
     mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-    weights[name] = torch.cat([table[:size], mean.expand(max(size - len(table), 0), -1)])
-    config.text_config.vocab_size = size
+    more = mean.expand(max(num_words - len(table), 0), -1)
+    weights[WORDS] = torch.cat([table[:num_words], more])
+    return weights
 
 
 def _tokenizer(newest: Path, base: Path) -> Any:

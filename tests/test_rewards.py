@@ -162,7 +162,7 @@ def test_a_score_that_is_not_finite_is_an_error_with_reward_axis_and_prompt(bad:
     reward = Quadratic(device=CPU)
     for saliency in (True, False):
         with pytest.raises(
-            UserError, match="Quadratic: axis 'brightness': its score .* 'an eight moving up, slow"
+            UserError, match=r"Quadratic: axis 'brightness': its score .* 'an eight moving up, slow"
         ):
             reward.judge(pixels, PROMPTS, saliency=saliency, micro_batch=2)
 
@@ -291,7 +291,7 @@ def test_a_caption_names_digit_direction_and_speed(
     "caption", ["", "a cat", "a ten moving up, fast", "a seven moving away, fast", "seven up fast"]
 )
 def test_a_caption_that_cannot_be_read_is_an_error_that_shows_one(caption: str) -> None:
-    with pytest.raises(UserError, match="cannot read the caption .*'a seven moving right, fast'"):
+    with pytest.raises(UserError, match=r"cannot read the caption .*'a seven moving right, fast'"):
         parse_caption(caption)
 
 
@@ -363,5 +363,12 @@ def test_digits_video_without_its_files_is_an_error(tmp_path: Path) -> None:
         DigitsVideo(device=CPU, path=str(tmp_path))
     digits_video(tmp_path)
     (tmp_path / "config.json").write_text('{"width": 5, "statistics": {}}')
-    with pytest.raises(UserError, match="digits-video: cannot load .*size mismatch"):
+    with pytest.raises(UserError, match=r"digits-video: cannot load .*size mismatch"):
         DigitsVideo(device=CPU, path=str(tmp_path))
+
+
+def test_half_precision_pixels_are_judged_in_full_precision() -> None:
+    pixels = videos().bfloat16()
+    judged = Quadratic(device=CPU).judge(pixels, PROMPTS, saliency=True, micro_batch=3)
+    assert judged.saliency["contrast"].dtype == torch.float32
+    torch.testing.assert_close(judged.saliency["contrast"], 2 * pixels.float().norm(dim=2))

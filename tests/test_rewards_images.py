@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def laion_head(width: int, file: Path) -> nn.Sequential:
     """Save a head in the layout of the improved aesthetic predictor."""
     sizes = [width, 12, 10, 6, 4, 1]
     torch.manual_seed(1)
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
     names = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
     state = {
         f"{name}.{key}": value.detach()
@@ -241,17 +242,17 @@ def test_another_head_is_an_error(
 def test_missing_and_wrong_weights_are_errors(make: Maker, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reward Clip: set path to a file of OpenCLIP weights"):
         Clip(device=CPU)
-    with pytest.raises(UserError, match="HPSv2: path: .*absent.pt does not exist; it should be H"):
+    with pytest.raises(UserError, match=r"HPSv2: path: .*absent.pt does not exist; it should be H"):
         make(HPSv2, path=str(tmp_path / "absent.pt"))
     with pytest.raises(UserError, match="model 'ViT-Z' is no built-in OpenCLIP architecture"):
         make(Clip, model="ViT-Z")
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="reward Clip: cannot load .*other.safetensors as OpenCLI"):
+    with pytest.raises(UserError, match=r"reward Clip: cannot load .*other.safetensors as OpenCLI"):
         make(Clip, path=str(tmp_path / "other.safetensors"))
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(UserError, match=r"reward Clip: cannot load .*text.pt"):
         make(Clip, path=str(tmp_path / "text.pt"))
-    with pytest.raises(UserError, match="PickScore: cannot load .* as a CLIPModel"):
+    with pytest.raises(UserError, match=r"PickScore: cannot load .* as a CLIPModel"):
         make(PickScore, path=str(tmp_path))
 
 
@@ -263,7 +264,7 @@ def test_a_clip_model_without_all_its_weights_is_an_error(
     weights = load_file(tmp_path / "model.safetensors")
     weights = {k: v for k, v in weights.items() if k != "visual_projection.weight"}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 weights are missing, such as visual_projection.weight"):
+    with pytest.raises(UserError, match=r"1 weights are missing, such as visual_projection.weight"):
         make(PickScore, path=str(tmp_path))
 
 

@@ -17,16 +17,15 @@ from tests import tiny
 from tests.conftest import CPU, randn
 from tests.test_rewards import assert_frozen, assert_gradient_is_the_slope, videos
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
 SIDE = 4
 """Pixels of a patch; two by two patches make one token."""
 PROMPTS = ["a red fox", "two boats on a lake", "rain"]
-TEMPLATE = (
-    "Quality: <|VQ_reward|>\nMotion: <|MQ_reward|>\nOf {text_prompt}: <|TA_reward|>\n"
-)
+TEMPLATE = "Quality: <|VQ_reward|>\nMotion: <|MQ_reward|>\nOf {text_prompt}: <|TA_reward|>\n"
 CHAT = tiny.CHAT_TEMPLATE.replace(
     "{% else %}{{ c.text }}",
-    "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ c.text }}",
+    "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}",
 )
 
 
@@ -154,11 +153,10 @@ class Saved:
             return_tensors="pt",
         )
         count = inputs["video_grid_thw"].prod().item() // 4
-        text = self.words.apply_chat_template(
-            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": TEMPLATE.replace("{text_prompt}", prompt)}]}],  # fmt: skip # noqa: E501
-            add_generation_prompt=True,
-            tokenize=False,
-        ).replace("<|video_pad|>", "<|video_pad|>" * count)
+        written = {"type": "text", "text": TEMPLATE.replace("{text_prompt}", prompt)}
+        turn = {"role": "user", "content": [{"type": "video"}, written]}
+        text = self.words.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        text = text.replace("<|video_pad|>", "<|video_pad|>" * count)
         ids = torch.tensor([self.words(text)["input_ids"]])
         inner = self.model.base_model.model
         with torch.no_grad():
@@ -196,9 +194,8 @@ def test_the_scores_are_those_of_the_adapted_model(
 
 
 def test_patches_are_in_the_order_of_transformers_and_come_back_in_rows() -> None:
-    processor = Qwen2VLVideoProcessor(
-        patch_size=SIDE, merge_size=2, temporal_patch_size=2, image_mean=[0.0] * 3, image_std=[1.0] * 3
-    )  # fmt: skip
+    plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    processor = Qwen2VLVideoProcessor(patch_size=SIDE, merge_size=2, temporal_patch_size=2, **plain)
     pixels = videos(size=(2, 6, 3, 16, 24))
     expected = processor(
         videos=list(pixels),
@@ -245,7 +242,7 @@ def test_the_gradient_is_the_slope(saved: Saved) -> None:
     reward.head = reward.head.double()
     # transformers keeps its norms and rotations in float32
     pixels = videos(size=(2, 4, 3, 20, 30))
-    assert_gradient_is_the_slope(reward, pixels, PROMPTS[:2], eps=1e-2, rtol=1e-2)
+    assert_gradient_is_the_slope(reward, pixels, PROMPTS[:2], eps=1e-3, rtol=3e-3)
 
 
 def test_judging_is_the_same_in_any_micro_batch_and_leaves_no_gradient(saved: Saved) -> None:
@@ -385,5 +382,5 @@ def test_paths_sizes_and_prompts_are_checked(saved: Saved) -> None:
 def test_pixels_that_are_not_finite_never_reach_the_loss(saved: Saved) -> None:
     pixels = videos(size=(2, 2, 3, 16, 24))
     pixels[1] = torch.nan
-    with pytest.raises(UserError, match="VideoReward: axis 'visual': its score .* 'two boats"):
+    with pytest.raises(UserError, match=r"VideoReward: axis 'visual': its score .* 'two boats"):
         saved.reward().judge(pixels, PROMPTS[:2], saliency=False, micro_batch=2)

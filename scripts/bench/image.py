@@ -144,7 +144,7 @@ def seconds(task: Callable[[], object], rounds: int) -> float:
 
 
 def bare_calls(session: Session, batch: Batch, num_steps: int) -> Callable[[], None]:
-    """Return a task of just the model calls that a D-OPSD step must make."""
+    """Return a task of just the model calls that a D-OPSD step must make, in its order."""
     family, student, teacher = session.family, session.roles["student"], session.roles["teacher"]
     prompt, shown = family.condition(batch), family.condition(batch, exposure=1.0)
     x = torch.randn(batch["latents"].shape, device=session.device)
@@ -158,12 +158,12 @@ def bare_calls(session: Session, batch: Batch, num_steps: int) -> Callable[[], N
             return family.predict(student.network, state, condition)
 
     def task() -> None:
-        with active(layers, "student"):
-            for state in states:
-                call(student, state, prompt).float().sum().backward()
-        with active(layers, "teacher"), torch.no_grad():
-            for state in states:
+        for state in states:
+            with active(layers, "student"):
+                velocity = call(student, state, prompt)
+            with active(layers, "teacher"), torch.no_grad():
                 call(teacher, state, shown)
+            velocity.float().sum().backward()
         for parameter in student.parameters().values():
             parameter.grad = None
 
