@@ -70,24 +70,43 @@ def sample(
     checkpoint: Checkpoint = "latest",
     output: Output = None,
     separate: Annotated[bool, typer.Option(help="Also write each image as a file.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="One video of any length, written as it is made.")
+    ] = False,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of a video file.")] = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option(help="FRAME:PROMPT, another prompt from there on (--stream); repeatable."),
+    ] = None,
 ) -> None:
-    """Draw prompts with one or several models, from the same noise."""
+    """Draw prompts with one or several models, from the same noise; or stream a video."""
+    models = [name for name in compare.split(",") if name]
+    changes = [*(overrides or []), *([] if fps is None else [f"sample.fps={fps}"])]
+    options: dict[str, Any] = {
+        "prompts": prompt or [],
+        "steps": steps,
+        "seed": seed,
+        "size": None if size is None else _size(size),
+        "checkpoint": checkpoint,
+        "output": output,
+    }
+    if stream:
+        from diffdistill.commands.stream import stream_video
+
+        if len(models) != 1 or separate or num_images not in (None, 1):
+            raise UserError("--stream makes one video: with one model, one image, not --separate")
+        switches = [_switch(text) for text in switch or []]
+        options |= {"role": models[0], "num_frames": frames, "switches": switches}
+        typer.echo(stream_video(source, overrides=changes, **options))
+        return
     from diffdistill.commands.sample import sample as command
 
-    path = command(
-        source,
-        prompts=prompt or [],
-        steps=steps,
-        seed=seed,
-        size=None if size is None else _size(size),
-        num_images=num_images,
-        compare=[name for name in compare.split(",") if name],
-        checkpoint=checkpoint,
-        output=output,
-        separate=separate,
-        overrides=overrides or [],
-    )
-    typer.echo(path)
+    if switch:
+        raise UserError("--switch changes the prompt of a stream: add --stream")
+    changes += [] if frames is None else [f"sample.num_frames={frames}"]
+    options |= {"compare": models, "num_images": num_images, "separate": separate}
+    typer.echo(command(source, overrides=changes, **options))
 
 
 @app.command()
@@ -111,11 +130,15 @@ def preview(
 def evaluate(
     source: Source,
     overrides: Overrides = None,
-    suite: Annotated[str, typer.Option(help="What to measure: few-step.")] = "few-step",
+    suite: Annotated[
+        str, typer.Option(help="few-step (images), video, or vbench (files for its harness).")
+    ] = "few-step",
     checkpoint: Checkpoint = "latest",
-    output: Output = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The JSON file; for vbench the folder of the videos.")
+    ] = None,
 ) -> None:
-    """Measure quality against the number of sampling steps."""
+    """Measure quality: of images against the number of sampling steps, or of videos."""
     from diffdistill.commands.evaluate import evaluate as command
 
     text = command(
@@ -192,6 +215,14 @@ def _size(text: str) -> tuple[int, int]:
     if not (height.isdigit() and width.isdigit()):
         raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH, such as 1024x768")
     return int(height), int(width)
+
+
+def _switch(text: str) -> tuple[int, str]:
+    """Return frame and prompt of "FRAME:PROMPT"."""
+    frame, colon, prompt = text.partition(":")
+    if not (frame.strip().isdigit() and colon and prompt.strip()):
+        raise UserError(f"--switch {text!r}: expected FRAME:PROMPT, such as 60:a dog runs")
+    return int(frame), prompt.strip()
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:

@@ -1,15 +1,19 @@
-"""The pictures a run draws of itself while it trains."""
+"""The pictures, or videos, that a run draws of itself while it trains."""
 
 from pathlib import Path
 
 import torch
 
+from diffdistill.clips import clip_suffix
 from diffdistill.data.cache import EncodedDataset
 from diffdistill.sampling import (
     NUM_ROLLOUTS,
+    at_once,
+    clip_frames,
     encode_examples,
     encode_prompts,
     generate,
+    makes_videos,
     rollout_figure,
     save_grid,
 )
@@ -22,7 +26,8 @@ NUM_PROMPTS = 8
 class Painter:
     """Draws a sample grid, and the rollouts of student and teacher, every N steps.
 
-    Prompts are encoded once, when the painter is made, so that the encoders stay off the device.
+    Of a family that makes videos it draws a grid of videos, and no rollouts. Prompts are encoded
+    once, when the painter is made, so that the encoders stay off the device.
 
     Args:
         session: The built run.
@@ -54,17 +59,19 @@ class Painter:
         return [dataset[index] for index in alike[:NUM_PROMPTS]]
 
     def after_step(self, step: int) -> list[tuple[str, Path]]:
-        """Return name and file of each picture drawn after ``step``."""
+        """Return name and file of each picture or video drawn after ``step``."""
         every, total = self.settings.every, self.session.config.train.steps
         if every is None or (step % every and step not in {1, total}):
             return []
         drawn = [("samples", self._samples(step))]
-        if self.settings.rollouts and "num_steps" in self.session.config.method:
+        has_steps = "num_steps" in self.session.config.method
+        if self.settings.rollouts and has_steps and not makes_videos(self.session):
             drawn.append(("rollouts", self._rollouts(step)))
         return drawn
 
     def _samples(self, step: int) -> Path:
         role = "average" if "average" in self.session.roles.by_name else "student"
+        frames = clip_frames(self.session)
         pixels = generate(
             self.session,
             self.session.roles[role],
@@ -73,11 +80,13 @@ class Painter:
             seed=self.settings.seed,
             size=self.size,
             num_images=self.settings.num_images,
+            micro_batch=at_once(self.size, frames) if frames else 4,
         )
         columns = max(self.settings.num_images, min(len(pixels), NUM_PROMPTS))
-        path = self.folder / f"step-{step:06d}.png"
+        suffix = clip_suffix(self.size) if frames else ".png"
+        path = self.folder / f"step-{step:06d}{suffix}"
         if self.main:
-            save_grid(pixels, path, columns)
+            save_grid(pixels, path, columns, fps=self.settings.fps)
         return path
 
     def _rollouts(self, step: int) -> Path:

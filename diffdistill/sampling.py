@@ -1,12 +1,15 @@
-"""Pictures from models: samples of prompts, rollouts of a batch, and grids of both.
+"""Pictures and videos from models: samples of prompts, rollouts of a batch, and grids of both.
 
-Image ``j`` of prompt ``i`` starts from the same noise for every model and number of steps.
+Image ``j`` of prompt ``i`` starts from the same noise for every model and number of steps. A
+family that streams gets its noise block by block, so that a longer video begins as a shorter one.
 """
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +19,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffdistill.checkpoints import write_atomic
+from diffdistill.clips import to_image, write_clip
 from diffdistill.draws import Draws
+from diffdistill.errors import UserError
 from diffdistill.protocols import Model
-from diffdistill.readouts import clean_of
+from diffdistill.readouts import clean_of, guided
 from diffdistill.roles import Role, RoleSettings
 from diffdistill.session import Session
-from diffdistill.types import Batch, Example
+from diffdistill.types import Batch, Condition, Example, State
 
 IMAGES_PER_PROMPT = 2**20
 """Keeps the ids of two prompts' images apart, whatever their number."""
 
+PIXELS_AT_ONCE = 4 * 1024 * 1024
+MOST_AT_ONCE = 64
 NUM_ROLLOUTS = 4
 MIN_TILE = 96
 MIN_WIDTH = 320
@@ -40,7 +47,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         prompts: The prompts.
-        items: Their encodings, for images of one size.
+        items: Their encodings, for images (or videos) of one size.
         apart: Whether images of different prompts must not share a batch, because their
             references may differ in size.
     """
@@ -48,6 +55,28 @@ class Encoded(NamedTuple):
     prompts: list[str]
     items: Sequence[Mapping[str, Tensor]]
     apart: bool = False
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A model led away from the negative prompt (see ``readouts.guided``, standard form).
+
+    Attributes:
+        model: The model, which sees the whole clip.
+        negative: What it is led away from.
+        scale: The guidance; 1 is none.
+        name: The name of the model.
+    """
+
+    model: Model
+    negative: Condition
+    scale: float
+    name: str
+
+    def __call__(self, state: State, condition: Condition) -> Tensor:
+        """Return the guided prediction at ``state``."""
+        positive = self.model(state, condition)
+        return guided(positive, self.model(state, self.negative), self.scale, "standard")
 
 
 class Grid(NamedTuple):
@@ -89,16 +118,39 @@ def base_role(session: Session) -> Role:
     return Role("base", settings, session.family, network, autocast=student.autocast)
 
 
+def makes_videos(session: Session) -> bool:
+    """Return whether the family makes videos."""
+    return hasattr(session.family, "num_latent_frames")
+
+
+def clip_frames(session: Session) -> int | None:
+    """Return the frames of a video to sample; None for images.
+
+    Raises:
+        UserError: If nobody says how many.
+    """
+    if not makes_videos(session):
+        return None
+    config = session.config
+    found = config.sample.num_frames or config.data.num_frames
+    if found is None:
+        name = config.family["name"]
+        raise UserError(f"the family {name} makes videos: set sample.num_frames or data.num_frames")
+    return found
+
+
 def encode_prompts(session: Session, prompts: Sequence[str], size: tuple[int, int]) -> Encoded:
-    """Return prompts, encoded for images of ``size`` ``(H, W)`` in pixels."""
+    """Return prompts, encoded for images or videos of ``size`` ``(H, W)`` in pixels."""
     return encode_examples(session, [Example(prompt=prompt, size=size) for prompt in prompts])
 
 
 def encode_examples(session: Session, examples: Sequence[Example]) -> Encoded:
-    """Return what a student may see of examples of one size: all but the target, encoded."""
-    shown = [
-        e if e.image is None else e._replace(image=None, size=_size(e.image)) for e in examples
-    ]
+    """Return what a student may see of examples of one size: all but the target, encoded.
+
+    Videos have the frames of ``clip_frames``, whatever those of their targets.
+    """
+    frames = clip_frames(session)
+    shown = [example.without_target()._replace(num_frames=frames) for example in examples]
     with torch.no_grad():
         items = session.family.encode(shown, privileged=False)
     session.family.release()
@@ -106,8 +158,14 @@ def encode_examples(session: Session, examples: Sequence[Example]) -> Encoded:
     return Encoded([example.prompt for example in examples], items, apart)
 
 
-def _size(image: Tensor) -> tuple[int, int]:
-    return image.shape[-2], image.shape[-1]
+def with_frames(encoded: Encoded, num_frames: int) -> Encoded:
+    """Return prompts encoded for videos, made for others of so many latent frames."""
+    items = []
+    for item in encoded.items:
+        channels, _, *size = item["latents"].shape
+        empty = torch.zeros(1).expand(channels, num_frames, *size)
+        items.append({**item, "latents": empty})
+    return encoded._replace(items=items)
 
 
 def prompt_batch(
@@ -131,33 +189,39 @@ def generate(
     size: tuple[int, int],
     num_images: int = 1,
     micro_batch: int = 4,
+    guidance: float = 1.0,
+    chosen: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Return pixels ``[P * num_images, 3, H, W]`` on the CPU, prompt by prompt.
+
+    Videos are ``[P * num_images, T, 3, H, W]``.
 
     Args:
         session: Gives the family.
         model: Any of its roles; told the prompt alone.
         prompts: ``P`` prompts, or what ``encode_prompts`` returned for them.
-        num_steps: Model calls for each image.
+        num_steps: Model calls for each image (or block of a stream).
         seed: Seed of the noise.
         size: ``(H, W)`` in pixels.
         num_images: Images of each prompt.
         micro_batch: Images made at a time.
+        guidance: 1 is none; not for a model that streams.
+        chosen: Makes only these, each given as (index of the prompt, number of the image).
     """
     if not isinstance(prompts, Encoded):
         prompts = encode_prompts(session, prompts, size)
+    if chosen is None:
+        chosen = list(product(range(len(prompts.prompts)), range(num_images)))
     draws = Draws(seed)
     latents = []
     with inference(session):
-        for chosen in _micro_batches(prompts, num_images, micro_batch):
-            batch = prompt_batch(session, prompts, chosen)
-            noise = draws.normal("sample", batch["ids"], session.family.latent_shape(batch))
-            condition = session.family.condition(batch)
+        for part in _micro_batches(prompts, chosen, micro_batch):
+            batch = prompt_batch(session, prompts, part)
             latents.append(
                 session.family.sample(
-                    model,
-                    condition,
-                    noise,
+                    _guided(session, model, batch, guidance),
+                    session.family.condition(batch),
+                    _noise(session, batch, draws),
                     num_steps=num_steps,
                     renoise=_renoise(session, model, batch, draws),
                 )
@@ -167,26 +231,71 @@ def generate(
     return torch.cat(pixels)
 
 
+def at_once(size: tuple[int, int], num_frames: int | None = None) -> int:
+    """Return how many images or videos to make at a time where nobody says."""
+    pixels = size[0] * size[1] * (num_frames or 1)
+    return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // pixels))
+
+
 def _micro_batches(
-    encoded: Encoded, num_images: int, micro_batch: int
+    encoded: Encoded, chosen: Sequence[tuple[int, int]], micro_batch: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield (index of the prompt, number) of the images to make together."""
-    prompts = range(len(encoded.prompts))
-    for together in [[prompt] for prompt in prompts] if encoded.apart else [prompts]:
-        images = list(product(together, range(num_images)))
+    groups = [list(chosen)]
+    if encoded.apart:
+        groups = [list(images) for _, images in groupby(chosen, lambda image: image[0])]
+    for images in groups:
         for start in range(0, len(images), micro_batch):
             yield images[start : start + micro_batch]
+
+
+def _guided(session: Session, model: Model, batch: Batch, guidance: float) -> Model:
+    if guidance == 1.0:
+        return model
+    negative = session.family.condition(batch, negative=True)
+    return Guided(model, negative, guidance, getattr(model, "name", ""))
+
+
+def _noise(session: Session, batch: Batch, draws: Draws) -> Tensor:
+    """Return the initial noise of a batch."""
+    shape = session.family.latent_shape(batch)
+    if not hasattr(session.family, "block_frames"):
+        return draws.normal("sample", batch["ids"], shape)
+    return _by_block(session, batch, lambda block: f"stream/{block}", draws)
 
 
 def _renoise(
     session: Session, model: Model, batch: Batch, draws: Draws
 ) -> Callable[[int], Tensor] | None:
     """Return the fresh noise of a student that was trained to sample with it, else None."""
-    distilled = getattr(model, "name", None) in ("student", "average")
-    if not distilled or session.config.method.get("sampler") != "renoise":
+    if not renoises(session, model):
         return None
+    if hasattr(session.family, "block_frames"):
+        # A stream asks for the noise of the whole clip again for each of its blocks.
+        return cache(
+            lambda step: _by_block(session, batch, lambda block: f"renoise/{block}/{step}", draws)
+        )
     shape = session.family.latent_shape(batch)
     return lambda index: draws.normal(f"renoise/{index}", batch["ids"], shape)
+
+
+def renoises(session: Session, model: Model) -> bool:
+    """Return whether ``model`` is a student that was trained to sample with fresh noise."""
+    distilled = getattr(model, "name", None) in ("student", "average")
+    return distilled and session.config.method.get("sampler") == "renoise"
+
+
+def _by_block(
+    session: Session, batch: Batch, purpose: Callable[[int], str], draws: Draws
+) -> Tensor:
+    """Return noise ``[B, C, F, h, w]`` of a clip, drawn for each block of a stream."""
+    channels, frames, *size = session.family.latent_shape(batch)
+    block: int = getattr(session.family, "block_frames")  # noqa: B009 - of streaming families
+    parts = [
+        draws.normal(purpose(index), batch["ids"], (channels, block, *size))
+        for index in range(-(-frames // block))
+    ]
+    return torch.cat(parts, dim=2)[:, :, :frames]
 
 
 def rollout_figure(session: Session, batch: Batch, num_steps: int, seed: int) -> Grid:
@@ -232,11 +341,14 @@ def save_grid(
     columns: int,
     captions: Sequence[str] | None = None,
     row_captions: Sequence[str] | None = None,
+    *,
+    fps: float = 16.0,
 ) -> None:
-    """Write a PNG of images ``[N, 3, H, W]`` in [0, 1], ``columns`` in a row, atomically.
+    """Write images ``[N, 3, H, W]`` in [0, 1], ``columns`` in a row, atomically, as a PNG.
 
-    Small images are enlarged to at least 96 pixels without smoothing; large ones are reduced
-    where the grid would be wider than 4096.
+    Videos ``[N, T, 3, H, W]`` become one video, a GIF or MP4. Small images are enlarged to at
+    least 96 pixels without smoothing; large ones are reduced where the grid would be wider than
+    4096.
 
     Args:
         pixels: The images, row by row.
@@ -244,7 +356,12 @@ def save_grid(
         columns: Images in a row.
         captions: Text over each column; may have several lines.
         row_captions: One line over each row.
+        fps: Frames per second of a video.
     """
+    if pixels.ndim == 5:
+        sheets = (draw_grid(frame, columns, captions, row_captions) for frame in pixels.unbind(1))
+        write_clip(sheets, path, fps)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     draw_grid(pixels, columns, captions, row_captions).save(buffer, format="PNG")
@@ -258,12 +375,6 @@ def save_image(pixels: Tensor, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def to_image(pixels: Tensor) -> Image.Image:
-    """Return a PIL image of pixels ``[3, H, W]`` in [0, 1]."""
-    values = pixels.detach().float().clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(values.movedim(0, -1).cpu().numpy())
-
-
 def draw_grid(
     pixels: Tensor,
     columns: int,
@@ -271,7 +382,7 @@ def draw_grid(
     row_captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """Return the picture that ``save_grid`` writes."""
-    tiles = _resized(pixels, columns)
+    tiles = resized(pixels, columns)
     height, width = tiles.shape[-2:]
     header = LINE * max((len(c.splitlines()) for c in captions or ()), default=0)
     label = LINE if row_captions else 0
@@ -291,7 +402,8 @@ def draw_grid(
     return sheet
 
 
-def _resized(pixels: Tensor, columns: int) -> Tensor:
+def resized(pixels: Tensor, columns: int = 1) -> Tensor:
+    """Return images ``[N, 3, H, W]`` of the size they have in a grid."""
     height, width = pixels.shape[-2:]
     if max(height, width) < MIN_TILE:
         factor = -(-MIN_TILE // max(height, width))

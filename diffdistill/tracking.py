@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffdistill.clips import is_clip, still
 from diffdistill.config import RunConfig
 from diffdistill.errors import MissingExtra
 
@@ -21,7 +22,7 @@ class Sink(Protocol):
         ...
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Take a PNG file."""
+        """Take a PNG, GIF or MP4 file."""
         ...
 
     def close(self) -> None:
@@ -74,11 +75,10 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Write the picture."""
-        from PIL import Image
+        """Write the picture, or the first frame of the video."""
         from torchvision.transforms.functional import pil_to_tensor
 
-        self.writer.add_image(name, pil_to_tensor(Image.open(path).convert("RGB")), step)
+        self.writer.add_image(name, pil_to_tensor(still(path)), step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -108,8 +108,9 @@ class WandB:
         self.run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Log the picture."""
-        self.run.log({name: self.wandb.Image(str(path))}, step=step)
+        """Log the picture or video."""
+        kind = self.wandb.Video if is_clip(path) else self.wandb.Image
+        self.run.log({name: kind(str(path))}, step=step)
 
     def close(self) -> None:
         """Finish the run."""

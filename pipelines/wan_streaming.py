@@ -7,7 +7,7 @@ cached keys and values of the *clean* blocks before it, then run once more, clea
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -215,15 +215,17 @@ class WanStreaming(Wan):
             assert renoise is not None
             return renoise(step)[:, :, block * size : (block + 1) * size]
 
-        exits = [num_steps - 1] * (noise.shape[2] // size)
-        return self.rollout(
+        self._check_frames(noise.shape[2])
+        blocks = noise.split(size, dim=2)
+        # A roll-out would keep the cached past of each block, a stream only that of the last.
+        clips = self.stream(
             student,
-            condition,
-            noise,
+            lambda index: condition,
+            blocks.__getitem__,
             num_steps=num_steps,
-            exits=exits,
             renoise=None if renoise is None else part,
-        ).sample
+        )
+        return torch.cat(list(islice(clips, len(blocks))), dim=2)
 
     @torch.no_grad()
     def watch(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -49,6 +49,10 @@ def json_schema() -> str:
         properties[kind] = {"oneOf": [_named(kind, n) for n in sorted(catalog.names(kind))]}
     properties["roles"] = {"type": "object", "additionalProperties": _schema(RoleSettings)}
     properties["evaluate"] = _schema(EvaluateSettings)
+    own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
+    named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
+    reward = {"anyOf": [{"type": "string"}, *named, own]}
+    properties["rewards"] = {"anyOf": [reward, {"type": "array", "items": reward}]}
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "diffdistill config",

@@ -20,7 +20,7 @@ def report(
         runs: The runs' folders.
         output: The page.
         title: Its title.
-        figures: Title and PNG file of pictures to put first.
+        figures: Title and file (PNG, GIF, MP4) of pictures to put first.
 
     Raises:
         UserError: If a folder holds no run, or a picture is missing.

@@ -1,19 +1,22 @@
 """``diffdistill sample``."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffdistill.clips import clip_suffix, is_clip, save_clip
 from diffdistill.commands.sessions import models, open_session
 from diffdistill.data.dataset import open_dataset
 from diffdistill.errors import UserError
-from diffdistill.evaluation.few_step import at_once
 from diffdistill.evaluation.groups import chosen_examples, commonest_size
 from diffdistill.sampling import (
     Encoded,
+    at_once,
+    clip_frames,
     encode_examples,
     encode_prompts,
     generate,
@@ -24,6 +27,18 @@ from diffdistill.session import Session
 
 NUM_PROMPTS = 8
 LABELS = {"base": "base\nuntrained", "teacher": "teacher\nprompt only"}
+
+
+class Drawn(NamedTuple):
+    """What one model made.
+
+    Attributes:
+        pixels: Images ``[P * N, 3, H, W]`` or videos ``[P * N, T, 3, H, W]``, prompt by prompt.
+        num_steps: Sampling steps.
+    """
+
+    pixels: Tensor
+    num_steps: int
 
 
 def sample(
@@ -40,54 +55,75 @@ def sample(
     separate: bool = False,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Draw prompts with one or several models, from the same noise, and return the PNG's path.
+    """Draw prompts with one or several models, from the same noise, and return the file's path.
 
     Rows are prompts; each model has a block of ``num_images`` columns. The teacher is drawn with
-    the prompt alone, not with its privileged view.
+    the prompt alone, not with its privileged view. Videos make a grid that is a video.
 
     Args:
         source: A run's folder, or a config (before any training).
         prompts: What to draw; none takes ``sample.prompts``, or else prompts of the data.
-        steps: Sampling steps; None takes ``sample.num_steps``.
+        steps: Sampling steps of all models; None takes ``sample.num_steps``, and
+            ``sample.teacher_steps`` for the teacher.
         seed: Seed of the noise; None takes ``sample.seed``.
         size: ``(H, W)`` in pixels; None takes ``sample.size``, or the data's commonest.
         num_images: Images of each prompt; None takes ``sample.num_images``.
         compare: Some of base, student, teacher, average.
         checkpoint: Which checkpoint of a run.
-        output: The PNG; None is ``samples/sample.png`` in the run's folder, or ``sample.png``.
-        separate: Also write each image at its own size, in a folder beside the PNG.
+        output: The PNG, or for videos the GIF or MP4; None is ``samples/sample`` in the run's
+            folder, or ``sample``, with a suffix that suits.
+        separate: Also write each image at its own size, in a folder beside the file.
         overrides: ``section.key=value`` changes of the config.
     """
     session = open_session(source, checkpoint, overrides)
     settings = session.config.sample
-    steps = settings.num_steps if steps is None else steps
     count = settings.num_images if num_images is None else num_images
-    if min(steps, count) < 1:
+    if min(count, 1 if steps is None else steps) < 1:
         raise UserError("steps and num_images must be at least 1")
     chosen = models(session, compare)
-    encoded, size = _encoded(session, prompts, size)
-    blocks = {
-        name: generate(
+    encoded, size = encoded_prompts(session, prompts, size)
+    frames = clip_frames(session)
+    suffix = clip_suffix(size) if frames else ".png"
+    path = output or default_output(source, f"sample{suffix}")
+    if frames and not is_clip(path):
+        raise UserError(f"{path}: these are videos: name a .gif or .mp4 file")
+    blocks = {}
+    for name, model in chosen.items():
+        num_steps, guidance = how_sampled(session, name, steps)
+        pixels = generate(
             session,
             model,
             encoded,
-            num_steps=steps,
+            num_steps=num_steps,
             seed=settings.seed if seed is None else seed,
             size=size,
             num_images=count,
-            micro_batch=at_once(size),
+            micro_batch=at_once(size, frames),
+            guidance=guidance,
         )
-        for name, model in chosen.items()
-    }
-    run = Path(source)
-    path = output or (run / "samples" / "sample.png" if run.is_dir() else Path("sample.png"))
-    _save(blocks, encoded.prompts, count, steps, path)
+        blocks[name] = Drawn(pixels, num_steps)
+    _save(blocks, encoded.prompts, count, path, settings.fps)
     if separate:
-        _save_separately(blocks, encoded.prompts, count, path.with_suffix(""))
+        suffix = path.suffix if frames else suffix
+        _save_separately(blocks, encoded.prompts, path.with_suffix(""), suffix, settings.fps)
     return path
 
 
-def _encoded(
+def default_output(source: str, name: str) -> Path:
+    """Return the file of that name among the run's samples, or here for a config."""
+    run = Path(source)
+    return run / "samples" / name if run.is_dir() else Path(name)
+
+
+def how_sampled(session: Session, name: str, steps: int | None = None) -> tuple[int, float]:
+    """Return the sampling steps of the model called ``name``, and its guidance."""
+    settings = session.config.sample
+    if name != "teacher":
+        return steps or settings.num_steps, 1.0
+    return steps or settings.teacher_steps or settings.num_steps, settings.teacher_guidance
+
+
+def encoded_prompts(
     session: Session, prompts: Sequence[str], size: tuple[int, int] | None
 ) -> tuple[Encoded, tuple[int, int]]:
     """Return the prompts to draw and their size, taken from the data where nobody gives them."""
@@ -103,29 +139,34 @@ def _encoded(
     distinct = {
         (e.prompt, len(e.references), e.origin if e.references else ""): e for e in examples
     }
-    bare = [example._replace(image=None, size=size) for example in distinct.values()]
+    bare = [e._replace(image=None, video=None, size=size) for e in distinct.values()]
     return encode_examples(session, bare), size
 
 
 def _save(
-    blocks: dict[str, Tensor], prompts: Sequence[str], num_images: int, steps: int, path: Path
+    blocks: Mapping[str, Drawn], prompts: Sequence[str], num_images: int, path: Path, fps: float
 ) -> None:
     """Write one row for each prompt, with a block of columns for each model."""
-    by_prompt = [pixels.unflatten(0, (len(prompts), num_images)) for pixels in blocks.values()]
+    by_prompt = [b.pixels.unflatten(0, (len(prompts), num_images)) for b in blocks.values()]
     pixels = torch.cat(by_prompt, dim=1).flatten(0, 1)
-    plural = "step" if steps == 1 else "steps"
     captions = []
-    for name in blocks:
-        captions += [f"{LABELS.get(name, name)}\n{steps} {plural}", *[""] * (num_images - 1)]
-    save_grid(pixels, path, len(captions), captions, prompts)
+    for name, drawn in blocks.items():
+        steps = "1 step" if drawn.num_steps == 1 else f"{drawn.num_steps} steps"
+        captions += [f"{LABELS.get(name, name)}\n{steps}", *[""] * (num_images - 1)]
+    save_grid(pixels, path, len(captions), captions, prompts, fps=fps)
 
 
 def _save_separately(
-    blocks: dict[str, Tensor], prompts: Sequence[str], num_images: int, folder: Path
+    blocks: Mapping[str, Drawn], prompts: Sequence[str], folder: Path, suffix: str, fps: float
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, pixels in blocks.items():
-        for index, image in enumerate(pixels):
+    for name, drawn in blocks.items():
+        num_images = len(drawn.pixels) // len(prompts)
+        for index, pixels in enumerate(drawn.pixels):
             prompt, number = divmod(index, num_images)
             words = re.sub(r"\W+", "-", prompts[prompt])[:40].strip("-")
-            save_image(image, folder / f"{prompt:03d}-{words}-{number:02d}-{name}.png")
+            path = folder / f"{prompt:03d}-{words}-{number:02d}-{name}{suffix}"
+            if is_clip(path):
+                save_clip(pixels, path, fps)
+            else:
+                save_image(pixels, path)

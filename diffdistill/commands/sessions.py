@@ -13,9 +13,9 @@ from diffdistill.config import load_config
 from diffdistill.errors import UserError
 from diffdistill.roles import Role
 from diffdistill.sampling import base_role
-from diffdistill.session import Session, build
+from diffdistill.session import Session, build, build_reward
 
-OVERRIDABLE = ("data", "sample", "evaluate")
+OVERRIDABLE = ("data", "sample", "evaluate", "rewards")
 
 
 def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[str] = ()) -> Session:
@@ -24,7 +24,8 @@ def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[st
     Args:
         source: A run's folder, a YAML file, or the name of a bundled config.
         checkpoint: Which checkpoint of a run.
-        overrides: ``section.key=value``; of a run, the sections data, sample and evaluate only.
+        overrides: ``section.key=value``; of a run, the sections data, sample, evaluate and
+            rewards only.
 
     Raises:
         UserError: If there is no such run, config or checkpoint.
@@ -34,12 +35,16 @@ def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[st
             raise UserError(f"{source} is a config, which has no checkpoint {checkpoint!r}")
         return build(load_config(source, overrides))
     for override in overrides:
-        if override.removeprefix("--").partition(".")[0] not in OVERRIDABLE:
+        key, _, _ = override.removeprefix("--").partition("=")
+        if key.partition(".")[0] not in OVERRIDABLE:
             raise UserError(
                 f"override {override!r}: of a run, only {', '.join(OVERRIDABLE)} can be changed"
             )
     session = restore(Path(source), checkpoint)
-    return replace(session, config=load_config(f"{source}/config.yaml", overrides))
+    config = load_config(f"{source}/config.yaml", overrides)
+    if hasattr(session.method, "reward") and config.rewards != session.config.rewards:
+        session.method.reward = build_reward(config, session.device)
+    return replace(session, config=config)
 
 
 def models(session: Session, names: Sequence[str]) -> dict[str, Role]:

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from diffdistill.config import parse
 from diffdistill.protocols import Model
-from diffdistill.sampling import Encoded, generate
+from diffdistill.sampling import Encoded, at_once, generate
 from diffdistill.session import Session
 
-Metric = Literal["digits", "clip", "dino", "perceptual"]
-PIXELS_AT_ONCE = 4 * 1024 * 1024
-MOST_AT_ONCE = 64
+Metric = Literal["digits", "clip", "dino", "perceptual", "moving-digits"]
 
 
 def _listed(value: Any) -> Any:
@@ -26,23 +24,33 @@ def _listed(value: Any) -> Any:
 
 @dataclass(kw_only=True)
 class EvaluateSettings:
-    """The ``evaluate`` section of a config file.
+    """The ``evaluate`` section of a config file, for all suites.
 
     Attributes:
         metrics: One or several. ``digits`` judges handwritten digits offline: share recognized
             as prompted, and Frechet distance to real scans. ``clip`` is the cosine of image and
             prompt. ``dino`` and ``perceptual`` are distances to the target images of the data.
+            ``moving-digits``, the one metric that the suite ``video`` can add to its own, judges
+            videos of moving digits offline.
         groups: For ``digits``: the classes that are judged together, by name.
         digit_prompt: For ``digits``: the prompt of a class; {word} becomes its English word, and
             {number} its numeral.
-        prompts: For ``clip``: a .txt or .jsonl file of prompts; None takes those of the data.
+        prompts: For ``clip`` and videos: a .txt or .jsonl file of prompts, or VBench's
+            VBench_full_info.json; None takes those of the data.
         max_examples: Examples of the data to take, evenly spaced.
-        num_images: Images of each prompt; None makes 32 for ``digits`` and 4 for the others.
-        num_steps: Each number of sampling steps to measure at.
+        num_images: Images of each prompt; None makes 32 for ``digits``, 1 video for the suite
+            ``video``, 5 for ``vbench``, and 4 for the others.
+        num_steps: Each number of sampling steps to measure images at; videos are made with the
+            steps of ``sample``.
         num_seeds: Seeds of the noise; the confidence intervals are over them.
-        roles: Models to measure: ``base`` (before training) and roles of the method.
+        roles: Models to measure: ``base`` (before training) and roles of the method. None takes
+            base and student for images, teacher and student for ``video``, the student for
+            ``vbench``.
         size: ``(H, W)`` in pixels; None takes ``sample.size`` or the data's commonest.
         micro_batch: Images made at a time; None makes 4 megapixels, and at most 64 images.
+        long_factor: For ``video``: drift is measured over streams so many times longer than a
+            clip; 1 measures none.
+        reward_batch: For ``video``: videos that the rewards judge at a time.
         clip_model: OpenCLIP's name of the architecture in ``clip_path``.
         clip_path: File with the weights of an OpenCLIP model.
         dino_path: Folder of a transformers vision model.
@@ -59,9 +67,11 @@ class EvaluateSettings:
     num_images: PositiveInt | None = None
     num_steps: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 32])
     num_seeds: PositiveInt = 3
-    roles: list[str] = field(default_factory=lambda: ["base", "student"])
+    roles: list[str] | None = None
     size: tuple[int, int] | None = None
     micro_batch: PositiveInt | None = None
+    long_factor: PositiveInt = 5
+    reward_batch: PositiveInt = 1
     clip_model: str = "ViT-B-32"
     clip_path: str | None = None
     dino_path: str | None = None
@@ -168,8 +178,3 @@ def _measure(
         micro_batch=micro_batch,
     )
     return group.measure(pixels)
-
-
-def at_once(size: tuple[int, int]) -> int:
-    """Return how many images of ``size`` to make at a time where nobody says."""
-    return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (size[0] * size[1])))

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ def make_groups(session: Session, settings: EvaluateSettings) -> list[Group]:
     """
     if not settings.metrics:
         raise UserError("evaluate.metrics is empty: name some of digits, clip, dino, perceptual")
+    if "moving-digits" in settings.metrics:
+        raise UserError("evaluate.metrics moving-digits is of videos: use --suite video")
     size = settings.size or session.config.sample.size
     if size is None:
         size = commonest_size(open_dataset(session.config.data))
@@ -159,16 +162,45 @@ def _to_targets(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a .txt file (a line each) or a .jsonl file (their ``text``).
+    """Return the prompts of a file (see ``read_named_prompts``), to be told to a model.
 
     Raises:
         UserError: If there are none.
     """
+    return [told for _, told in _prompt_rows(path)]
+
+
+def read_named_prompts(path: Path) -> dict[str, str]:
+    """Return the prompts of a .txt, .jsonl or .json file, each by its name.
+
+    A line of text is a prompt; a row of JSON has it as ``text``. Rows of VBench's lists have
+    ``prompt_en``, which is its name too, also where a longer ``text`` is to be told.
+
+    Raises:
+        UserError: If there are none.
+    """
+    return dict(_prompt_rows(path))
+
+
+def _prompt_rows(path: Path) -> list[tuple[str, str]]:
+    """Return name and prompt of each row of a file."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
+        text = path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows: list[Any] = [{"text": line} for line in lines]
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in lines]
+        elif path.suffix == ".json":
+            rows = json.loads(text)
+        pairs = [_named_prompt(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error!r}") from error
-    if not rows:
+    if not pairs:
         raise UserError(f"{path} holds no prompts")
-    return [str(row).strip() for row in rows]
+    return pairs
+
+
+def _named_prompt(row: Mapping[str, Any]) -> tuple[str, str]:
+    told = row["text"] if "text" in row else row["prompt_en"]
+    name = row.get("prompt_en", told)
+    return str(name).strip(), str(told).strip()

@@ -13,19 +13,27 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import Row
+from diffdistill.evaluation.video import VideoRow
 from diffdistill.report.figures import Curve, data_uri, few_step_figure, loss_figure
 
 MOST_GRIDS = 6
 MOST_ROLLOUTS = 3
+MOST_STREAMS = 3
+KINDS = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
 LAST_SHARE = 0.1
 HIGHER_IS_BETTER = {"accuracy", "clip"}
 
 
 class Picture(NamedTuple):
-    """A picture inside the page."""
+    """A picture or video inside the page."""
 
     title: str
     uri: str
+
+    @property
+    def is_video(self) -> bool:
+        """Return whether a browser shows it as a video and not as an image."""
+        return self.uri.startswith("data:video/")
 
 
 @dataclass
@@ -37,9 +45,11 @@ class Run:
         config: The resolved config, as YAML.
         summary: Facts by name.
         metrics: One mapping for each training step.
-        evaluation: The rows of its evaluation.
+        evaluation: The rows of its evaluation of images.
+        videos: The rows of its evaluation of videos.
         grids: Samples over training.
         rollouts: Student and teacher at each rollout state.
+        streams: Videos that were streamed.
         versions: Versions of packages.
     """
 
@@ -48,17 +58,27 @@ class Run:
     summary: dict[str, str]
     metrics: list[dict[str, float]]
     evaluation: list[Row]
+    videos: list[VideoRow]
     grids: list[Picture]
     rollouts: list[Picture]
+    streams: list[Picture]
     versions: dict[str, str]
 
 
 class Table(NamedTuple):
-    """One metric of one group: a line for each number of steps, a column for each model."""
+    """Numbers with a column for each model.
+
+    Attributes:
+        title: What it is about.
+        head: What a line stands for.
+        columns: The models.
+        lines: The name of each line (a number of steps, or a metric) and its cells.
+    """
 
     title: str
+    head: str
     columns: list[str]
-    lines: list[tuple[int, list[str]]]
+    lines: list[tuple[str, list[str]]]
 
 
 def build_report(
@@ -72,7 +92,7 @@ def build_report(
     Args:
         folders: The runs' folders.
         title: The page's title.
-        figures: Title and PNG file of pictures to put first.
+        figures: Title and file (PNG, GIF, MP4) of pictures to put first.
 
     Raises:
         UserError: If a folder holds no run, or a picture is missing.
@@ -95,6 +115,7 @@ def build_report(
         losses=loss_figure(losses) if losses else None,
         curves=few_step_figure(_few_step_curves(measured)) if measured else None,
         tables=[_table(name, columns) for name, columns in measured.items()],
+        video=video_table(runs),
     )
 
 
@@ -109,6 +130,7 @@ def read_run(folder: Path, name: str) -> Run:
         config = yaml.safe_load(text)
         metrics = _metrics(folder / "metrics.jsonl")
         rows = [Row(**row) for row in _json(folder / "evaluation.json", [])]
+        videos = [VideoRow(**row) for row in _json(folder / "evaluation-video.json", [])]
         versions = _json(folder / "versions.json", {})
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml") from None
@@ -121,8 +143,12 @@ def read_run(folder: Path, name: str) -> Run:
         summary=_summary(config, metrics),
         metrics=metrics,
         evaluation=rows,
-        grids=_pictures(samples.glob("step-*.png"), MOST_GRIDS),
-        rollouts=_pictures(samples.glob("rollout-*.png"), MOST_ROLLOUTS),
+        videos=videos,
+        grids=_pictures(samples.glob("step-*"), MOST_GRIDS),
+        rollouts=_pictures(samples.glob("rollout-*"), MOST_ROLLOUTS),
+        streams=[_picture(path.stem, path) for path in _shown(samples.glob("stream*"))][
+            :MOST_STREAMS
+        ],
         versions=versions,
     )
 
@@ -194,15 +220,20 @@ def _role(role: Mapping[str, Any]) -> str:
 
 def _pictures(paths: Iterable[Path], most: int) -> list[Picture]:
     """Return up to ``most`` pictures, evenly spaced, with the first and the last."""
-    found = sorted(paths)
+    found = _shown(paths)
     if len(found) > most:
         found = [found[index * (len(found) - 1) // (most - 1)] for index in range(most)]
     return [_picture(f"step {int(path.stem.rpartition('-')[2])}", path) for path in found]
 
 
+def _shown(paths: Iterable[Path]) -> list[Path]:
+    """Return the pictures and videos among ``paths``, in order."""
+    return sorted(path for path in paths if path.suffix in KINDS)
+
+
 def _picture(title: str, path: Path) -> Picture:
     try:
-        return Picture(title, data_uri(path.read_bytes(), "image/png"))
+        return Picture(title, data_uri(path.read_bytes(), KINDS.get(path.suffix, "image/png")))
     except OSError as error:
         raise UserError(f"cannot read the picture {path}: {error.strerror}") from error
 
@@ -261,8 +292,25 @@ def _curve(label: str, rows: Sequence[Row]) -> Curve:
 def _table(name: str, columns: Mapping[str, list[Row]]) -> Table:
     cells = {(label, r.num_steps): _cell(r) for label, rows in columns.items() for r in rows}
     steps = sorted({num_steps for _, num_steps in cells})
-    lines = [(n, [cells.get((label, n), "") for label in columns]) for n in steps]
-    return Table(_titled(name), list(columns), lines)
+    lines = [(str(n), [cells.get((label, n), "") for label in columns]) for n in steps]
+    return Table(_titled(name), "steps", list(columns), lines)
+
+
+def video_table(runs: Sequence[Run]) -> Table | None:
+    """Return every metric of the videos of all runs, a line each; None where none was measured."""
+    cells: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for run in runs:
+        for row in run.videos:
+            steps = f"{row.num_steps} step{'s' * (row.num_steps > 1)}"
+            model = f"{run.name}: {row.model}" if len(runs) > 1 else row.model
+            column = f"{model}, {steps}"
+            columns[column] = None
+            cells.setdefault(row.metric, {})[column] = _cell(row)
+    if not cells:
+        return None
+    lines = [(metric, [found.get(c, "") for c in columns]) for metric, found in cells.items()]
+    return Table("Videos", "metric", list(columns), lines)
 
 
 def _titled(name: str) -> str:
@@ -270,7 +318,7 @@ def _titled(name: str) -> str:
     return f"{name} ({better} is better)"
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row | VideoRow) -> str:
     if row.low is None or row.high is None:
         return f"{row.mean:.4g}"
     return f"{row.mean:.4g} [{row.low:.4g}, {row.high:.4g}]"
