@@ -115,6 +115,7 @@ class StreamingFamily(Family, Protocol):
         exits: Sequence[int],
         renoise: Callable[[int, int], Tensor] | None,
         graph_from: int | None = None,
+        keep_calls: bool = True,
     ) -> BlockRollout:
         """Return a clip that the student streamed from ``noise`` ``[B, C, F, H, W]``.
 
@@ -126,6 +127,7 @@ class StreamingFamily(Family, Protocol):
             exits: For each block, the step whose clean prediction is taken.
             renoise: Fresh noise for (block, step); None takes Euler steps.
             graph_from: First block whose last call keeps its graph; None keeps none.
+            keep_calls: Whether to return the blocks' last calls, with their cached past.
         """
         ...
 

@@ -81,9 +81,9 @@ class BlockRollout(NamedTuple):
 
     Attributes:
         sample: Clean latents ``[B, C, F, H, W]``, with the graph of the calls that kept one.
-        calls: For each block, the call whose clean prediction is its part of ``sample``. Its
-            condition holds the cached past, detached, so that the call alone gives the block's
-            gradient.
+        calls: For each block, the call whose clean prediction is its part of ``sample``; empty
+            where they were not asked for. A call's condition holds the cached past, detached, so
+            that the call alone gives the block's gradient.
     """
 
     sample: Tensor

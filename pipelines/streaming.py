@@ -291,11 +291,12 @@ class ViewedAttention:
             )
             return stock
         shape = (attn.heads, -1)
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, shape)
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, shape)
+        query = _normed(attn.norm_q, attn.to_q(hidden_states)).unflatten(2, shape)
+        key = _normed(attn.norm_k, attn.to_k(hidden_states)).unflatten(2, shape)
         value = attn.to_v(hidden_states).unflatten(2, shape)
-        query = turned(query, rotary_emb.cos, rotary_emb.sin)
-        raw, key = key, turned(key, rotary_emb.cos, rotary_emb.sin)
+        # Under autocast the norms are float32: cached keys would be twice as large as values.
+        query = turned(query, rotary_emb.cos, rotary_emb.sin).type_as(value)
+        raw, key = key.type_as(value), turned(key, rotary_emb.cos, rotary_emb.sin).type_as(value)
         if rotary_emb.view.kept is not None:
             keys = key if rotary_emb.past_cos is None else raw
             rotary_emb.view.kept.append(KeysValues(keys.detach(), value.detach()))
@@ -322,6 +323,12 @@ class ViewedAttention:
                 )
             )
         return torch.cat(outputs, dim=1)
+
+
+def _normed(norm: Any, heads: Tensor) -> Tensor:
+    """Return normalized heads, in the type of the norm's weights: mixed types are not fused."""
+    normed: Tensor = norm(heads.to(norm.weight.dtype))
+    return normed
 
 
 def _frames(tensor: Tensor, frames: Sequence[int], tokens: int) -> Tensor:

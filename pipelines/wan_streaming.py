@@ -134,6 +134,7 @@ class WanStreaming(Wan):
         exits: Sequence[int],
         renoise: Renoise | None,
         graph_from: int | None = None,
+        keep_calls: bool = True,
     ) -> BlockRollout:
         """Return a clip that the student streamed, and the calls that ended each block.
 
@@ -147,6 +148,7 @@ class WanStreaming(Wan):
             renoise: Fresh noise between two steps of a block; None takes Euler steps.
             graph_from: The first block whose exit call keeps its graph (the calls before an
                 exit never do); None keeps no graph.
+            keep_calls: Whether to return the calls, which hold on to the past of every block.
         """
         self._check_frames(noise.shape[2])
         sampler = BlockSampler(self, student, num_steps, renoise)
@@ -157,7 +159,8 @@ class WanStreaming(Wan):
             with torch.set_grad_enabled(graph_from is not None and index >= graph_from):
                 clip = clean_of(call.state, student(call.state, call.condition))
             clips.append(clip)
-            calls.append(call)
+            if keep_calls:
+                calls.append(call)
             if index + 1 < len(blocks):
                 past = sampler.remembered(condition, past, clip.detach())
         return BlockRollout(torch.cat(clips, dim=2), calls)

@@ -269,6 +269,23 @@ def test_a_roll_out_is_the_stream_of_the_same_noise(
         torch.testing.assert_close(block, rolled[:, :, 2 * index : 2 * index + 2])
 
 
+def test_finished_blocks_are_cached_clean(family: WanStreaming, players: dict[str, Exact]) -> None:
+    batch, student = stream_batch(1), Spy(players["student"])
+    rolled = family.rollout(
+        student, family.condition(batch), batch["latents"], num_steps=2, exits=[1, 0, 1],
+        renoise=None,
+    ).sample  # fmt: skip
+    caching = [
+        state
+        for state, told in zip(student.states, student.conditions, strict=True)
+        if told["view"].kept is not None
+    ]
+    assert len(caching) == 2
+    for index, state in enumerate(caching):
+        assert state.t.item() == 0.0
+        assert torch.equal(state.x, rolled[:, :, 2 * index : 2 * index + 2])
+
+
 def test_a_stream_of_one_block_takes_the_same_steps_as_the_bidirectional_model(
     folder: Path, players: dict[str, Exact]
 ) -> None:
@@ -335,3 +352,13 @@ def test_a_causal_call_sees_the_clean_past_if_it_is_given(family: WanStreaming) 
 
 def test_levels_of_the_sampling_grid_fall(family: WanStreaming) -> None:
     assert all(a > b for a, b in pairwise(family.grid(4, (16, 6, 4, 4)).tolist()))
+
+
+def test_a_step_of_the_critic_alone_holds_on_to_no_past(
+    family: WanStreaming, players: dict[str, Exact]
+) -> None:
+    method = make_method(family, players)
+    batch = stream_batch(1)
+    prompt = family.condition(batch)
+    assert not method._roll_out(batch, prompt, CRITIC_TURN, False).calls
+    assert len(method._roll_out(batch, prompt, START, True).calls) == CLIP // 2

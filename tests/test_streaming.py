@@ -231,3 +231,18 @@ def test_checkpointed_blocks_are_recomputed_under_the_view_of_the_forward() -> N
         velocity.square().sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # diffusers' own cross-attention norms
+def test_under_autocast_the_cache_is_kept_in_half_precision() -> None:
+    network = tiny()
+    install(network)
+    x = randn(1, 4, BLOCK, SIZE, SIZE, seed=1)
+    view = next_block(Cache(), BLOCK, keep=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        call(network, x, view)
+        cache = Cache().extended(cached_frames(view))
+        velocity = call(network, x, next_block(cache, BLOCK))
+    assert {t.dtype for layer in cached_frames(view).layers for t in layer} == {torch.bfloat16}
+    exact = streamed(network, torch.cat([x, x], dim=2), Cache())[:, :, BLOCK:]
+    torch.testing.assert_close(velocity.float(), exact, rtol=0.1, atol=0.05)

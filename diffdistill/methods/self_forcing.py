@@ -84,6 +84,7 @@ class SelfForcing(DMD):
             return self.draws.normal(f"renoise/{index}/{step}", ids, (channels, block, *size))
 
         keeps_graph = train_student and self.backward == "whole"
+        replays = train_student and self.backward == "block"
         return self.family.rollout(
             self.student,
             prompt,
@@ -92,6 +93,7 @@ class SelfForcing(DMD):
             exits=self._exits(frames // block, progress.step),
             renoise=renoise if self.sampler == "renoise" else None,
             graph_from=self._learned(frames, clip) // block if keeps_graph else None,
+            keep_calls=replays,
         )
 
     def _stream_frames(self, clip: int, step: int) -> int:
