@@ -56,6 +56,7 @@ class TrainSettings:
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         compile: Compile the networks with torch.compile.
         ema: Decay of an average of the student, kept as the role ``average``; None keeps none.
+        ema_start: Updates of the student during which that average is a copy of it.
         max_bad_steps: Consecutive steps with a NaN or infinite loss or gradient before the run
             stops; such steps are skipped.
     """
@@ -78,6 +79,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     compile: bool = False
     ema: float | None = None
+    ema_start: NonNegativeInt = 0
     max_bad_steps: PositiveInt = 10
 
 
@@ -210,7 +212,8 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     given_roles = _section(values.get("roles"), f"{origin}: roles")
     roles = _roles(catalog.load("method", method["name"]), given_roles, origin)
     if sections["train"].ema is not None:
-        average = {"weights": "ema", "of": "student", "decay": sections["train"].ema}
+        train = sections["train"]
+        average = {"weights": "ema", "decay": train.ema, "start": train.ema_start}
         roles["average"] = parse(RoleSettings, average, f"{origin}: train.ema")
     elif "average" in given_roles:
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")

@@ -19,7 +19,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matching_target(
+def matching_direction(
     sample: Tensor,
     real: Tensor,
     fake: Tensor,
@@ -27,11 +27,11 @@ def matching_target(
     epsilon: float = 0.0,
     normalizer: Normalizer = "sample",
 ) -> Tensor:
-    """Return where DMD's direction leads from ``sample``, a constant ``[B, ...]``.
+    """Return DMD's gradient ``g`` in ``sample``, a constant ``[B, ...]``.
 
     Eq. 7 and 8 of DMD (arXiv:2311.18828) in x0 space, as its later codes compute it:
-    ``sample - g`` with ``g = (fake - real) / mean(abs(sample - real))`` per sample. Entries of
-    ``g`` that are not finite (0 / 0) count as 0.
+    ``(fake - real) / mean(abs(sample - real))`` per sample. Entries that are not finite (0 / 0)
+    count as 0.
 
     Args:
         sample: The student's clean sample ``[B, ...]``.
@@ -43,13 +43,12 @@ def matching_target(
     """
     dims = tuple(range(1 if normalizer == "sample" else 0, sample.ndim))
     scale = (sample - real).abs().mean(dim=dims, keepdim=True) + epsilon
-    direction = torch.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
-    return sample - direction
+    return torch.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def half_squared(sample: Tensor, target: Tensor) -> Tensor:
-    """Return the map ``0.5 (sample - target)^2``: at DMD's target, its gradient is ``g``."""
-    return 0.5 * (sample - target.detach()).square()
+def along(sample: Tensor, direction: Tensor) -> Tensor:
+    """Return the map ``0.5 (sample - stopgrad(sample - g))^2``, whose gradient is ``g``."""
+    return 0.5 * (sample - (sample - direction).detach()).square()
 
 
 def masked_mean(error: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

@@ -1,11 +1,48 @@
-"""Several rewards that judge as one, with the axes of all."""
+"""Rewards as a run holds them: loaded when they are needed, and several that judge as one."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.protocols import Judgment, Reward
+
+
+class Deferred:
+    """A reward that is loaded when it is first asked: sampling and exporting need none.
+
+    Args:
+        kind: Its class.
+        options: What to make it with.
+    """
+
+    def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
+        self.axes: tuple[str, ...] = kind.axes
+        self._load = lambda: kind(**options)
+
+    @cached_property
+    def loaded(self) -> Reward:
+        """Return the reward."""
+        reward: Reward = self._load()
+        return reward
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the raw scores ``[B]``."""
+        return self.loaded.score(pixels, prompts)
+
+    def normalized(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the z-scores of raw scores."""
+        return self.loaded.normalized(scores)
+
+    def saliency(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the saliency of all axes."""
+        return self.loaded.saliency(pixels, prompts)
+
+    def judge(self, pixels: Tensor, prompts: Sequence[str], **options: Any) -> Judgment:
+        """Return the judgment."""
+        return self.loaded.judge(pixels, prompts, **options)
 
 
 class Panel:
@@ -41,13 +78,22 @@ class Panel:
         return _merged(member.saliency(pixels, prompts) for member in self.members)
 
     def judge(
-        self, pixels: Tensor, prompts: Sequence[str], *, saliency: bool, micro_batch: int
+        self,
+        pixels: Tensor,
+        prompts: Sequence[str],
+        *,
+        saliency: bool,
+        micro_batch: int,
+        axes: Sequence[str] | None = None,
     ) -> Judgment:
         """Return the judgments of all members."""
-        judged = [
-            member.judge(pixels, prompts, saliency=saliency, micro_batch=micro_batch)
-            for member in self.members
-        ]
+        judged = []
+        for member in self.members:
+            own = [axis for axis in member.axes if axes is None or axis in axes]
+            wanted = saliency and bool(own)
+            judged.append(
+                member.judge(pixels, prompts, saliency=wanted, micro_batch=micro_batch, axes=own)
+            )
         return Judgment(_merged(j.scores for j in judged), _merged(j.saliency for j in judged))
 
 

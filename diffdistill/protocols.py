@@ -170,7 +170,13 @@ class Reward(Protocol):
         ...
 
     def judge(
-        self, pixels: Tensor, prompts: Sequence[str], *, saliency: bool, micro_batch: int
+        self,
+        pixels: Tensor,
+        prompts: Sequence[str],
+        *,
+        saliency: bool,
+        micro_batch: int,
+        axes: Sequence[str] | None = None,
     ) -> Judgment:
-        """Return z-scores and, if wanted, saliency, from one forward pass a micro-batch."""
+        """Return z-scores and, if wanted, saliency (of ``axes``), from one forward pass each."""
         ...

@@ -76,7 +76,7 @@ class Reward(ABC):
 
         The norm over channels of the gradient in ``seen``, by default one pixel a place.
         """
-        return self._judged(as_video(pixels), prompts, saliency=True)[1]
+        return self._judged(as_video(pixels), prompts, self.axes)[1]
 
     def judge(
         self,
@@ -85,6 +85,7 @@ class Reward(ABC):
         *,
         saliency: bool = True,
         micro_batch: int = 1,
+        axes: Sequence[str] | None = None,
     ) -> Judgment:
         """Return z-scores ``[B]`` and, if wanted, the saliency of the raw scores; all detached.
 
@@ -95,6 +96,7 @@ class Reward(ABC):
             prompts: What each should show.
             saliency: Whether to return the saliency too.
             micro_batch: How many samples to judge at a time.
+            axes: The axes whose saliency is wanted; None takes all. All are scored.
 
         Raises:
             UserError: If a score is not finite, or the saliency is wanted of an axis that does
@@ -103,28 +105,29 @@ class Reward(ABC):
         videos = as_video(pixels)
         if len(prompts) != len(videos):
             raise ValueError(f"{len(videos)} samples, but {len(prompts)} prompts")
+        wanted = tuple(self.axes if axes is None else axes) if saliency else ()
         scores: list[dict[str, Tensor]] = []
         maps: list[dict[str, Tensor]] = []
         for start in range(0, len(videos), micro_batch):
             part = slice(start, start + micro_batch)
-            raw, sensitive = self._judged(videos[part], prompts[part], saliency)
+            raw, sensitive = self._judged(videos[part], prompts[part], wanted)
             scores.append(self.normalized(raw))
             maps.append(sensitive)
-        return Judgment(_joined(scores, self.axes), _joined(maps, self.axes if saliency else ()))
+        return Judgment(_joined(scores, self.axes), _joined(maps, wanted))
 
     def _judged(
-        self, videos: Tensor, prompts: Sequence[str], saliency: bool
+        self, videos: Tensor, prompts: Sequence[str], wanted: Sequence[str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return raw scores and saliency of one micro-batch, detached."""
+        """Return raw scores, and the saliency of the wanted axes, of one micro-batch; detached."""
         full = videos.detach().to(torch.promote_types(videos.dtype, torch.float32))
         with torch.no_grad():
             seen = self.seen(full)
-        with torch.set_grad_enabled(saliency):
-            seen = seen.detach().requires_grad_(saliency)
+        with torch.set_grad_enabled(bool(wanted)):
+            seen = seen.detach().requires_grad_(bool(wanted))
             scores = self.checked(self.score_seen(seen, prompts), prompts)
         maps = {}
-        for axis in self.axes if saliency else ():
-            gradient = self._gradient(axis, scores[axis], seen, axis != self.axes[-1])
+        for axis in wanted:
+            gradient = self._gradient(axis, scores[axis], seen, axis != wanted[-1])
             self._require_finite(axis, gradient, prompts, "the gradient of its score")
             maps[axis] = self.places(gradient, videos)
         return {axis: score.detach() for axis, score in scores.items()}, maps

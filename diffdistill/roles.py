@@ -35,6 +35,7 @@ class RoleSettings:
         dropout: Dropout of the adapter's input.
         targets: Suffixes of module names to adapt; None takes the family's list.
         decay: Decay of the ``ema`` for each update of the role it follows.
+        start: Updates of that role during which the ``ema`` is a copy of it.
         lr: Learning rate, where it differs from ``train.lr``.
         head: Add a classifier head on the features, for adversarial terms.
     """
@@ -48,6 +49,7 @@ class RoleSettings:
     dropout: float = 0.0
     targets: list[str] | None = None
     decay: float = 0.9999
+    start: int = 0
     lr: float | None = None
     head: bool = False
 
@@ -212,13 +214,14 @@ class Roles:
         return self.networks() + heads
 
     @torch.no_grad()
-    def average(self, updated: str) -> None:
-        """Move every average of the role ``updated`` a step towards it."""
+    def average(self, updated: str, updates: int = 1) -> None:
+        """Move every average of the role ``updated`` towards it, after so many of its updates."""
         for role in self.by_name.values():
             if role.settings.weights == "ema" and role.settings.of == updated:
                 source = self[updated].parameters()
+                share = 1.0 if updates <= role.settings.start else 1.0 - role.settings.decay
                 for name, parameter in role.parameters().items():
-                    parameter.lerp_(source[name].to(parameter.dtype), 1.0 - role.settings.decay)
+                    parameter.lerp_(source[name].to(parameter.dtype), share)
 
 
 def build_roles(settings: Mapping[str, RoleSettings], family: Caller, *, seed: int = 0) -> Roles:
@@ -355,6 +358,7 @@ def _check(settings: Mapping[str, RoleSettings]) -> None:
             ("rank", chosen.rank >= 1, "at least 1"),
             ("dropout", 0 <= chosen.dropout < 1, "in [0, 1)"),
             ("decay", 0 <= chosen.decay <= 1, "in [0, 1]"),
+            ("start", chosen.start >= 0, "at least 0"),
         ):
             if not fine:
                 given = getattr(chosen, option)

@@ -12,8 +12,9 @@ from torch.nn.functional import interpolate
 
 TimeMap = Literal["exact", "interpolate"]
 
-FLAT = 1e-8
-"""A range below this is no range."""
+FLAT = 1e-6
+"""A range below this share of the largest value is no range. The reference code's 1e-8 is absolute,
+and takes the small gradients of a mean over many pixels for none."""
 
 
 def on_latents(
@@ -45,7 +46,8 @@ def stretched(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return ``values`` with their range over ``dims`` brought to [0, 1]; 1 where it is flat."""
     low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
     span = high - low
-    return torch.where(span > FLAT, (values - low) / span.clamp(min=FLAT), 1.0)
+    flat = span <= FLAT * high
+    return torch.where(flat, 1.0, (values - low) / torch.where(flat, 1.0, span))
 
 
 def over_time(saliency: Tensor, *, strength: float, floor: float) -> Tensor:

@@ -13,7 +13,7 @@ from diffdistill.config import RunConfig
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.method import Method
-from diffdistill.panel import Panel
+from diffdistill.panel import Deferred, Panel
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
@@ -113,8 +113,10 @@ def _resolved(settings: Mapping[str, RoleSettings]) -> dict[str, RoleSettings]:
 def build_reward(config: RunConfig, device: torch.device) -> Reward:
     """Return the judge of ``config``'s ``rewards``; several are one with all their axes.
 
+    Their weights are loaded when they are first asked; ``load_rewards`` loads them at once.
+
     Raises:
-        UserError: If there is none, or its weights cannot be loaded.
+        UserError: If there is none.
     """
     if not config.rewards:
         known = catalog.listing(catalog.names("reward"))
@@ -122,13 +124,31 @@ def build_reward(config: RunConfig, device: torch.device) -> Reward:
     rewards = []
     for settings in config.rewards:
         options = {k: v for k, v in settings.items() if k != "name"}
-        rewards.append(catalog.load("reward", settings["name"])(device=device, **options))
+        kind = catalog.load("reward", settings["name"])
+        rewards.append(Deferred(kind, {"device": device, **options}))
     return rewards[0] if len(rewards) == 1 else Panel(rewards)
+
+
+def load_rewards(reward: Any) -> None:
+    """Load the weights of what ``build_reward`` returned.
+
+    Raises:
+        UserError: If they are missing or do not fit.
+    """
+    for member in getattr(reward, "members", [reward]):
+        _ = member.loaded
 
 
 def _wire(config: RunConfig, family: FlowFamily, roles: Roles, draws: Draws) -> Method:
     cls = catalog.load("method", config.method["name"])
     options = {k: v for k, v in config.method.items() if k != "name"}
+    if cls.streams != hasattr(family, "rollout"):
+        able = "streams: it needs a family that does" if cls.streams else "does not stream"
+        other = "wan-streaming" if cls.streams else "wan"
+        raise UserError(
+            f"method {config.method['name']} {able}, such as family.name: {other}, not "
+            f"{config.family['name']}"
+        )
     played: dict[str, Any] = {name: roles[name] for name in cls.roles}
     if "reward" in {item.name for item in fields(cls)}:
         played["reward"] = build_reward(config, family.device)

@@ -74,6 +74,7 @@ class Trainer:
         self.step = 0
         self.samples = 0
         self.bad_steps = 0
+        self.updates: dict[str, int] = defaultdict(int)
         self.optimizers: dict[str, Optimizer] = {}
         for role in session.roles.trained():
             lr = self.settings.lr if role.settings.lr is None else role.settings.lr
@@ -127,7 +128,8 @@ class Trainer:
             lr = self._set_lr(name, progress)
             if finite:
                 optimizer.step()
-                self.session.roles.average(name)
+                self.updates[name] += 1
+                self.session.roles.average(name, self.updates[name])
             optimizer.zero_grad(set_to_none=True)
             metrics[f"lr/{name}"] = lr
         if finite:
@@ -177,6 +179,7 @@ class Trainer:
             "optimizers": numbers,
             "method": self.session.method.state(),
             "samples": self.samples,
+            "updates": dict(self.updates),
         }
         return Snapshot(tensors, state)
 
@@ -197,6 +200,7 @@ class Trainer:
         self.session.method.load_state(snapshot.state["method"])
         self.step = snapshot.state["step"]
         self.samples = snapshot.state["samples"]
+        self.updates.update(snapshot.state.get("updates", {}))
         self.bad_steps = snapshot.state["bad_steps"]
 
     def run(self, after_step: Callable[[int, dict[str, float]], bool]) -> None:

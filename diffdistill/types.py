@@ -6,7 +6,7 @@ Shape letters used in this package:
     B batch, C channels, F frames, H height, W width, L tokens, V vocabulary, N chunks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -87,7 +87,7 @@ class BlockRollout(NamedTuple):
     """
 
     sample: Tensor
-    calls: Sequence[ModelCall]
+    calls: list[ModelCall]
 
 
 class Progress(NamedTuple):

@@ -16,6 +16,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 
+from diffdistill.errors import UserError
+
 Positions = Literal["absolute", "relative"]
 
 
@@ -246,6 +248,12 @@ class ViewedRotary(nn.Module):
         stock: Any = self.stock
         splits = [stock.t_dim, stock.h_dim, stock.w_dim]
         height, width = size
+        known = len(stock.freqs_cos)
+        if max(positions, default=0) >= known:
+            raise UserError(
+                f"latent frame {max(positions)} is beyond the model's {known} rotary positions: "
+                "make a shorter video, or set family.positions: relative and a window_frames"
+            )
         frames = torch.tensor(positions, dtype=torch.long, device=stock.freqs_cos.device)
         factors = []
         for buffer in (stock.freqs_cos, stock.freqs_sin):
@@ -307,22 +315,21 @@ class ViewedAttention:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary) -> Tensor:
         view = rotary.view
         past = [part.layers[self.layer] for part in view.past]
-        past_keys = [part.keys for part in past]
+        past_keys, past_values = [p.keys for p in past], [p.values for p in past]
         if rotary.past_cos is not None and rotary.past_sin is not None and past:
-            past_keys = [turned(torch.cat(past_keys, dim=1), rotary.past_cos, rotary.past_sin)]
+            past_keys = [turned(_joined(past_keys), rotary.past_cos, rotary.past_sin)]
         tokens = key.shape[1] // len(view.positions)
         outputs = []
         for group in view.groups:
-            seen = [_frames(key, group.sees, tokens), _frames(value, group.sees, tokens)]
             outputs.append(
                 dispatch_attention_fn(
                     query[:, group.start * tokens : group.stop * tokens],
-                    torch.cat([*past_keys, seen[0]], dim=1),
-                    torch.cat([*(part.values for part in past), seen[1]], dim=1),
+                    _joined([*past_keys, *_frames(key, group.sees, tokens)]),
+                    _joined([*past_values, *_frames(value, group.sees, tokens)]),
                     backend=self._attention_backend,
                 )
             )
-        return torch.cat(outputs, dim=1)
+        return _joined(outputs)
 
 
 def _normed(norm: Any, heads: Tensor) -> Tensor:
@@ -331,11 +338,20 @@ def _normed(norm: Any, heads: Tensor) -> Tensor:
     return normed
 
 
-def _frames(tensor: Tensor, frames: Sequence[int], tokens: int) -> Tensor:
-    """Return the tokens of some frames; all of them without a copy."""
-    if len(frames) * tokens == tensor.shape[1]:
-        return tensor
-    return torch.cat([tensor[:, f * tokens : (f + 1) * tokens] for f in frames], dim=1)
+def _frames(tensor: Tensor, frames: Sequence[int], tokens: int) -> list[Tensor]:
+    """Return the tokens of some frames, as views of runs of neighbors."""
+    runs: list[list[int]] = []
+    for frame in frames:
+        if runs and runs[-1][1] == frame:
+            runs[-1][1] = frame + 1
+        else:
+            runs.append([frame, frame + 1])
+    return [tensor[:, start * tokens : stop * tokens] for start, stop in runs]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return parts in a row along the tokens; a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -70,6 +70,16 @@ class Wan(LatentFamily):
     pipeline_class: ClassVar = WanPipeline
     vae_class: ClassVar = AutoencoderKLWan
 
+    def __post_init__(self) -> None:
+        """Check the shift; start with nothing loaded.
+
+        Raises:
+            UserError: If the shift is not positive.
+        """
+        super().__post_init__()
+        if self.shift <= 0:
+            raise UserError(f"family.shift must be above 0, not {self.shift}")
+
     def network(self, path: str | None = None) -> nn.Module:
         """Return a freshly loaded transformer, of this family's checkpoint or of ``path``.
 

@@ -61,8 +61,10 @@ class WanStreaming(Wan):
         window_frames: Latent frames that a block sees, itself included; None is all. 9 in
             Reward Forcing and Stream-R1.
         sink_frames: First latent frames that stay visible, part of the window; 3 there.
-        sink_decay: Average the frames that leave the window into the sink with this decay
-            (0.999 in Reward Forcing, at inference); None keeps the sink as it is.
+        sink_decay: Average the blocks that leave the window into the sink with this decay
+            (0.999 in Reward Forcing); None keeps the sink as it is. Needs relative positions and
+            a sink of one block. In Reward Forcing's training no block leaves the cache; here it
+            does where a clip is longer than the window.
         positions: Rotary positions of cached frames: ``absolute`` (Self-Forcing) counts from
             the start of the video; ``relative`` (Reward Forcing) from the oldest visible
             frame, so that a video longer than the training clips has no unseen positions.
@@ -91,6 +93,23 @@ class WanStreaming(Wan):
                 f"family.window_frames {self.window_frames} is less than a block and the sink "
                 f"({self.block_frames} + {self.sink_frames})"
             )
+        if not 0.0 <= self.context_noise < 1.0:
+            raise UserError(f"family.context_noise must be in [0, 1), not {self.context_noise}")
+        if self.sink_decay is not None:
+            self._check_sink()
+
+    def _check_sink(self) -> None:
+        """Refuse an averaged sink whose frames would not meet frames of their own positions."""
+        window = self.window_frames
+        whole = window is not None and (window - self.sink_frames) % self.block_frames == 0
+        assert self.sink_decay is not None
+        if not 0.0 <= self.sink_decay <= 1.0:
+            raise UserError(f"family.sink_decay must be in [0, 1], not {self.sink_decay}")
+        if self.sink_frames != self.block_frames or not whole or self.positions != "relative":
+            raise UserError(
+                "family.sink_decay averages whole blocks: it needs sink_frames equal to "
+                "block_frames, a window_frames that is a multiple of it, and positions: relative"
+            )
 
     def network(self, path: str | None = None) -> nn.Module:
         """Return a freshly loaded transformer whose calls may have a view of the past."""
@@ -113,6 +132,8 @@ class WanStreaming(Wan):
     ) -> Condition:
         """Return a condition for one call on a whole clip in which no block sees a later one.
 
+        It is what block-by-block calls see, but for ``context_noise``.
+
         Args:
             condition: What the model is told besides.
             num_frames: Latent frames of the clip, a multiple of the block.
@@ -120,6 +141,11 @@ class WanStreaming(Wan):
                 (teacher forcing). None lets blocks see the noised past (diffusion forcing).
         """
         self._check_frames(num_frames)
+        if self.positions == "relative" and self.sink_frames and self.window_frames is not None:
+            raise UserError(
+                "a whole clip at once has absolute positions: with a sink and a window, train "
+                "with family.positions: absolute, or without the sink"
+            )
         make = block_causal if clean is None else teacher_forcing
         view = make(num_frames, self.block_frames, window=self.window_frames, sink=self.sink_frames)
         return {**condition, "view": view, "clean": clean}

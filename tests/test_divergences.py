@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffdistill.divergences import half_squared, masked_mean, matching_target, mse, softplus_gan
+from diffdistill.divergences import along, masked_mean, matching_direction, mse, softplus_gan
 from tests.conftest import randn
 
 
@@ -42,7 +42,7 @@ def distribution_matching(
     sample: torch.Tensor, real: torch.Tensor, fake: torch.Tensor, epsilon: float = 0.0
 ) -> torch.Tensor:
     """DMD's loss map."""
-    return half_squared(sample, matching_target(sample, real, fake, epsilon=epsilon))
+    return along(sample, matching_direction(sample, real, fake, epsilon=epsilon))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from diffdistill.draws import Draws
+from diffdistill.errors import UserError
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.self_forcing import SelfForcing
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.readouts import clean_of
-from diffdistill.types import Loss, Progress
+from diffdistill.types import Condition, Loss, Progress, State
 from tests.conftest import START, Spy, clear, rows_of
 from tests.tiny_streams import CLIP, Exact, make_family, stream_batch
 
@@ -237,11 +239,99 @@ def test_the_gradient_of_a_long_stream_is_the_same_block_by_block(
         method = make_method(family, players, backward=backward, **options)
         method.draws = Draws(seed)
         gradients.append(student_gradients(method, stream_batch(1)))
+    assert gradients[0].keys() == gradients[1].keys()
+    assert max(float(g.abs().max()) for g in gradients[0].values()) > 1e-4
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_a_repeated_call_that_gives_another_sample_gets_the_same_direction(
+    family: WanStreaming, players: dict[str, Exact]
+) -> None:
+    class Shaken(torch.nn.Module):
+        """A student whose calls with a graph are off by a constant."""
+
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.exact = players["student"]
+            self.shift = shift
+
+        def forward(self, state: State, condition: Condition) -> Tensor:
+            return self.exact(state, condition) + self.shift * torch.is_grad_enabled()
+
+    gradients = [
+        student_gradients(
+            make_method(family, {**players, "student": Shaken(shift)}), stream_batch(1)
+        )
+        for shift in (0.0, 3.0)
+    ]
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("frames", "problem"), [(CLIP - 2, "must be"), (CLIP + 1, "must be")])
+def test_a_stream_that_does_not_fit_is_refused(
+    family: WanStreaming, players: dict[str, Exact], frames: int, problem: str
+) -> None:
+    method = make_method(family, players, rollout_frames=frames)
+    with pytest.raises(UserError, match=problem):
+        next(iter(method.losses(stream_batch(1), START)))
+
+
+def test_a_long_stream_of_one_block_clips_has_nothing_to_learn(
+    folder: Path, players: dict[str, Exact]
+) -> None:
+    alone = make_family(folder, block_frames=CLIP, window_frames=None)
+    method = make_method(alone, players, rollout_frames=2 * CLIP)
+    with pytest.raises(UserError, match="reencode"):
+        next(iter(method.losses(stream_batch(1), START)))
+
+
+def test_blocks_let_go_of_their_past_once_they_are_learned(
+    family: WanStreaming, players: dict[str, Exact]
+) -> None:
+    pasts: list[Any] = []
+    student = Spy(players["student"])
+    losses = make_method(family, {**players, "student": student}).losses(stream_batch(1), START)
+    for loss in losses:
+        if loss.role == "critic":
+            break
+        (loss.value * loss.count).backward()
+        pasts = [c["view"].past[0].layers[0].keys for c in student.conditions if c["view"].past]
+        kept = [weakref.ref(keys) for keys in pasts]
+    student.conditions.clear()
+    del pasts, loss
+    assert kept
+    assert not any(reference() is not None for reference in kept)
+    clear(*players.values())
+
+
 # the family's streams
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"sink_decay": 2.0}, r"in \[0, 1\]"),
+        ({"sink_decay": 0.9, "sink_frames": 2, "window_frames": 5}, "whole blocks"),
+        ({"sink_decay": 0.9, "sink_frames": 2, "window_frames": 6}, "positions: relative"),
+        ({"context_noise": 1.0}, "context_noise"),
+        ({"shift": 0.0}, "shift"),
+        ({"window_frames": 3, "sink_frames": 2}, "window_frames"),
+    ],
+)
+def test_a_family_that_cannot_stream_so_is_refused(
+    folder: Path, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        make_family(folder, **options)
+
+
+def test_a_whole_clip_with_relative_positions_and_a_sink_is_refused(folder: Path) -> None:
+    family = make_family(folder, positions="relative", sink_frames=2)
+    with pytest.raises(UserError, match="positions: absolute"):
+        family.causal(family.condition(stream_batch(1)), CLIP)
 
 
 def test_a_roll_out_is_the_stream_of_the_same_noise(

@@ -169,7 +169,7 @@ def test_reward_forcing_is_one_axis_without_saliency(
     weight, metrics = method._weigh(batch, batch["latents"])
     scores = reward.judge(family.decode(batch["latents"]), batch["prompts"], saliency=False).scores
     torch.testing.assert_close(weight[:, 0, 0, 0, 0], torch.exp(2.0 * scores["left"]))
-    assert set(metrics) == {"reward/left", "balance_penalty"}
+    assert set(metrics) == {"reward/early", "reward/left", "balance_penalty"}
 
 
 def test_no_gradient_reaches_teacher_critic_or_decoder(
@@ -225,7 +225,7 @@ def test_a_step_of_the_critic_alone_is_not_observed(
 
 
 def test_an_unknown_axis_is_named(family: WanStreaming, players: dict[str, Exact]) -> None:
-    with pytest.raises(ValueError, match="axes are early, left"):
+    with pytest.raises(ValueError, match="once: early, left"):
         make_method(family, players, axes=["motion"])
 
 
@@ -249,3 +249,41 @@ def test_a_panel_has_the_axes_of_its_members_on_their_own_cells(
 def test_a_panel_refuses_two_axes_of_one_name() -> None:
     with pytest.raises(UserError, match="early"):
         Panel([Brightness(device=CPU), Brightness(device=CPU)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"space_floor": -1.0},
+        {"space_strength": 3.0},
+        {"balance": -1.0},
+        {"balance_window": 2},
+        {"reward_batch": 0},
+        {"axes": ["left", "left"]},
+        {"score_low": 0.9, "score_high": 0.1},
+    ],
+)
+def test_an_option_out_of_range_is_refused(
+    family: WanStreaming, players: dict[str, Exact], options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make_method(family, players, **options)
+
+
+def test_saliency_is_taken_of_the_chosen_axes_alone(
+    family: WanStreaming, players: dict[str, Exact]
+) -> None:
+    reward = Brightness(device=CPU)
+    asked = []
+    gradient = reward._gradient
+
+    def spied(axis: str, *rest: Any) -> Tensor:
+        asked.append(axis)
+        return gradient(axis, *rest)
+
+    reward._gradient = spied  # type: ignore[method-assign]
+    batch = stream_batch(1)
+    _, metrics = make_method(family, players, reward, axes=["left"])._weigh(batch, batch["latents"])
+    assert asked == ["left"]
+    assert "reward/early" in metrics  # what is not trained on is still watched

@@ -384,3 +384,14 @@ def predict_blocks(role: Role, state: State) -> Tensor:
 def test_a_network_that_cannot_recompute_says_so() -> None:
     with pytest.raises(UserError, match="ToyNetwork has no gradient checkpointing"):
         enable_checkpointing(make_toy().network())
+
+
+def test_an_average_that_starts_late_is_a_copy_until_then() -> None:
+    settings = {"student": {}, "average": {"weights": "ema", "decay": 0.9, "start": 2}}
+    roles = make_roles(make_toy(), **settings)
+    student, average = (roles[name].parameters()["factors"] for name in settings)
+    for updates, expected in ((1, 1.0), (2, 2.0), (3, 0.9 * 2.0 + 0.1 * 3.0)):
+        with torch.no_grad():
+            student.fill_(float(updates))
+        roles.average("student", updates)
+        torch.testing.assert_close(average, torch.full_like(average, expected))

@@ -110,3 +110,17 @@ def test_a_still_has_one_latent_frame() -> None:
     mapped = on_latents(torch.ones(1, 1, 4, 4), (1, 2, 2), num_frames=1, time_map="exact")
     assert mapped.shape == (1, 1, 2, 2)
     assert (mapped == 1).all()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
+def test_weights_do_not_depend_on_the_scale_of_the_saliency(scale: float) -> None:
+    maps = salient(2, *SHAPE)
+    options = {"time_strength": 1.0, "space_strength": 1.0, "time_floor": 0.2, "space_floor": 0.1}
+    torch.testing.assert_close(factored(scale * maps, **options), factored(maps, **options))
+    torch.testing.assert_close(
+        joint(scale * maps, strength=1.0, floor=0.5), joint(maps, strength=1.0, floor=0.5)
+    )
+
+
+def test_no_saliency_at_all_weighs_all_places_alike() -> None:
+    assert (joint(torch.zeros(1, *SHAPE), strength=1.0, floor=0.5) == 1).all()

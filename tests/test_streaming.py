@@ -5,6 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from diffdistill.errors import UserError
 from diffdistill.pipelines.streaming import (
     Cache,
     CachedFrames,
@@ -161,7 +162,7 @@ def test_relative_positions_go_on_where_the_table_of_absolute_ones_ends() -> Non
     network = tiny()
     install(network)
     assert streamed(network, x, Cache(4, 2, positions="relative")).isfinite().all()
-    with pytest.raises(IndexError):
+    with pytest.raises(UserError, match="beyond the model's 64 rotary positions"):
         streamed(network, x, Cache(4, 2))
 
 
@@ -237,12 +238,16 @@ def test_checkpointed_blocks_are_recomputed_under_the_view_of_the_forward() -> N
 def test_under_autocast_the_cache_is_kept_in_half_precision() -> None:
     network = tiny()
     install(network)
-    x = randn(1, 4, BLOCK, SIZE, SIZE, seed=1)
+    with torch.no_grad():
+        for block in network.blocks:  # so that what is cached matters
+            block.attn1.to_out[0].weight.mul_(20)
+    past, x = (randn(1, 4, BLOCK, SIZE, SIZE, seed=s) for s in (1, 2))
     view = next_block(Cache(), BLOCK, keep=True)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        call(network, x, view)
+        call(network, past, view)
         cache = Cache().extended(cached_frames(view))
-        velocity = call(network, x, next_block(cache, BLOCK))
+        velocity = call(network, x, next_block(cache, BLOCK)).float()
     assert {t.dtype for layer in cached_frames(view).layers for t in layer} == {torch.bfloat16}
-    exact = streamed(network, torch.cat([x, x], dim=2), Cache())[:, :, BLOCK:]
-    torch.testing.assert_close(velocity.float(), exact, rtol=0.1, atol=0.05)
+    exact = streamed(network, torch.cat([past, x], dim=2), Cache())[:, :, BLOCK:]
+    alone = call(network, x, next_block(Cache(), BLOCK))
+    assert (velocity - exact).norm() < 0.2 * (alone - exact).norm()

@@ -11,7 +11,9 @@ from diffdistill.commands.train import train
 from diffdistill.config import parse_config
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.panel import Deferred
 from diffdistill.pipelines.wan_pipeline import SETTINGS, StreamingPipeline
+from diffdistill.session import build
 from tests.tiny_streams import stream_values
 
 SIZE = (32, 32)
@@ -92,3 +94,29 @@ def test_a_prompt_switch_begins_at_the_block_of_its_frame(exported: Path) -> Non
 def test_a_folder_that_does_not_say_how_it_streams_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match=r"no streaming\.json"):
         StreamingPipeline.from_pretrained(run.parent / "wan")
+
+
+def test_a_run_with_a_reward_is_exported_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = stream_values(tmp_path, "stream-r1", steps=1)
+    values["rewards"] = "tests.tiny_streams:Warmth"
+    train(parse_config(values), tmp_path / "run")
+
+    def missing(self: Deferred) -> None:
+        raise UserError("no such weights")
+
+    monkeypatch.setattr(Deferred, "loaded", property(missing))
+    export(tmp_path / "run", tmp_path / "lora", layout="lora")
+    with pytest.raises(UserError, match="no such weights"):
+        train(parse_config(values), tmp_path / "again")
+
+
+@pytest.mark.parametrize(("method", "family"), [("self-forcing", "wan"), ("dmd", "wan-streaming")])
+def test_a_method_and_a_family_that_do_not_fit_are_named(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    values = stream_values(tmp_path, method)
+    values["family"] = {"name": family, "path": values["family"]["path"]}
+    with pytest.raises(UserError, match=f"method {method} .* not {family}"):
+        build(parse_config(values))

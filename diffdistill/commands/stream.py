@@ -1,6 +1,7 @@
 """``diffdistill sample --stream``: one video of any length, written as its frames are made."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,11 +99,12 @@ def stream_video(
             starts=starts,
         )
         blocks = timed(made, session.device, timing)
-        for _ in range(num_blocks(family, count)):
-            for frame in resized(next(blocks)[:missing]):
-                writer.add(to_image(frame))
-            missing = count - writer.num_frames
-    return Streamed(path, count, timing)
+        with suppress(KeyboardInterrupt):  # what is there by then is written
+            for _ in range(num_blocks(family, count)):
+                for frame in resized(next(blocks)[:missing]):
+                    writer.add(to_image(frame))
+                missing = count - writer.num_frames
+    return Streamed(path, writer.num_frames, timing)
 
 
 def _check(

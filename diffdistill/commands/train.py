@@ -25,7 +25,7 @@ from diffdistill.estimates import describe
 from diffdistill.evaluation.few_step import parse_settings
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
-from diffdistill.session import Session, build
+from diffdistill.session import Session, build, load_rewards
 from diffdistill.tracking import Tracker
 from diffdistill.trainer import Trainer
 from diffdistill.types import Batch
@@ -94,6 +94,8 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     """Return the run, at its checkpoint if one is resumed."""
     parse_settings(config.evaluate)
     session = build(config, distributed.device)
+    if hasattr(session.method, "reward"):
+        load_rewards(session.method.reward)
     encoded = _encoded(session, output, distributed)
     painter = Painter(session, encoded, output, main=distributed.main)
     checkpoints = Checkpoints(output, config.train.keep)

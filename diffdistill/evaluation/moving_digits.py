@@ -24,10 +24,12 @@ NUM_FRAMES = 17
 """Frames of a training clip: 9 latent frames of a temporal stride of 2."""
 HEADINGS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 """The directions in pixels to the right and down."""
-PACES = {"slowly": (0.3, 0.5), "fast": (0.9, 1.2)}
-"""Pixels per frame, drawn once per video between the two."""
-PACE_LIMITS = {"slowly": (0.15, 0.7), "fast": (0.7, 1.6)}
+PACES = {"slowly": 0.5, "fast": 1.0}
+"""Pixels per frame."""
+PACE_LIMITS = {"slowly": (0.2, 0.75), "fast": (0.75, 1.4)}
 """Pixels per frame that count as the speed."""
+START_EVERY = 4
+"""Pixels between the places where a digit may start, along each axis."""
 HELD_OUT_EVERY = 4
 NUM_FEATURES = 24
 
@@ -72,14 +74,10 @@ def scans(held_out: bool) -> tuple[Tensor, Tensor]:
     return images[kept, 0], labels[kept]
 
 
-def velocities(texts: Sequence[str], places: Tensor) -> Tensor:
-    """Pixels per frame to the right and down, ``[N, 2]``; places ``[N]`` in [0, 1] pick speeds."""
-    moves = []
-    for text, place in zip(texts, places.tolist(), strict=True):
-        _, direction, speed = parse_caption(text)
-        low, high = PACES[speed]
-        moves.append([part * (low + (high - low) * place) for part in HEADINGS[direction]])
-    return torch.tensor(moves)
+def velocity(text: str) -> Tensor:
+    """The pixels per frame to the right and down that a caption names, ``[2]``."""
+    _, direction, speed = parse_caption(text)
+    return torch.tensor(HEADINGS[direction]) * PACES[speed]
 
 
 def put_on_torus(images: Tensor, offsets: Tensor) -> Tensor:
@@ -105,18 +103,18 @@ def put_on_torus(images: Tensor, offsets: Tensor) -> Tensor:
 def film(texts: Sequence[str], num_frames: int, seed: int, held_out: bool = False) -> Tensor:
     """Real videos of captions, ``[N, T, 3, 16, 16]`` in [0, 1].
 
-    Scan, start and exact speed are random; a longer video continues a shorter one of its seed.
+    Scan and start are random; a longer video continues a shorter one of its seed.
     """
     generator = torch.Generator().manual_seed(seed)
     images, labels = scans(held_out)
-    draws = torch.rand(len(texts), 4, generator=generator)
+    draws = torch.rand(len(texts), 3, generator=generator)
     chosen = []
     for text, place in zip(texts, draws[:, 0].tolist(), strict=True):
         members = (labels == parse_caption(text)[0]).nonzero().flatten()
         chosen.append(members[int(place * len(members))])
-    moves = velocities(texts, draws[:, 1])
-    times = torch.arange(float(num_frames)).view(1, -1, 1)
-    offsets = SIZE * draws[:, None, 2:] + moves[:, None] * times
+    starts = START_EVERY * (SIZE // START_EVERY * draws[:, None, 1:]).floor()
+    moves = torch.stack([velocity(text) for text in texts]).unsqueeze(1)
+    offsets = starts + moves * torch.arange(float(num_frames)).view(1, -1, 1)
     frames = put_on_torus(images[torch.stack(chosen)], offsets)
     return frames.unsqueeze(2).repeat(1, 1, 3, 1, 1)
 

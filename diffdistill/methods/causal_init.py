@@ -43,6 +43,7 @@ class CausalInit(Method):
             more than a loss.
     """
 
+    streams: ClassVar = True
     roles: ClassVar = {"student": {"weights": "trained"}, "teacher": {"weights": "frozen"}}
 
     family: StreamingFamily

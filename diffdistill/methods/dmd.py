@@ -16,9 +16,9 @@ from torch.nn.functional import softplus
 
 from diffdistill.divergences import (
     Normalizer,
-    half_squared,
+    along,
     masked_mean,
-    matching_target,
+    matching_direction,
     mse,
     softplus_gan,
 )
@@ -34,25 +34,24 @@ class Goal(NamedTuple):
     """What pulls a finished sample; all constants.
 
     Attributes:
-        target: Where distribution matching wants it, of the sample's shape.
+        direction: Distribution matching's gradient in it, of its shape.
         weight: Factor of the error there, broadcastable; None is 1.
         gradient: The adversarial loss's gradient in the sample; None without one.
         metrics: Scalars to log.
     """
 
-    target: Tensor
+    direction: Tensor
     weight: Tensor | None = None
     gradient: Tensor | None = None
     metrics: Mapping[str, Tensor] = {}
 
     def frames(self, start: int, stop: int) -> "Goal":
         """Return the part of the goal for some latent frames of ``[B, C, F, H, W]``."""
-        target, weight, gradient = (
+        weight, gradient = (
             None if part is None else part[:, :, start:stop]
-            for part in (self.target, self.weight, self.gradient)
+            for part in (self.weight, self.gradient)
         )
-        assert target is not None
-        return Goal(target, weight, gradient, self.metrics)
+        return Goal(self.direction[:, :, start:stop], weight, gradient, self.metrics)
 
 
 @dataclass(kw_only=True)
@@ -117,7 +116,9 @@ class DMD(Method):
     gan_critic_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check that the critic is trained, and that the adversarial term has its head."""
+        """Check the score times, that the critic is trained, and that it has its head."""
+        if not 0.0 <= self.score_low <= self.score_high <= 1.0:
+            raise ValueError("score_low and score_high must rise within [0, 1]")
         if self.ratio == "alternating" and self.student_every == 1:
             raise ValueError("ratio alternating with student_every 1 never trains the critic")
         if self.gan_weight > 0 and getattr(self.critic, "head", None) is None:
@@ -175,7 +176,7 @@ class DMD(Method):
         return self.family.noise(sample, t, noise), noise
 
     def _goal(self, batch: Batch, prompt: Condition, sample: Tensor) -> Goal:
-        """Return where a finished ``sample`` (detached) should have been."""
+        """Return where a finished ``sample`` (detached) should go."""
         with torch.no_grad():
             state, _ = self._noised(batch, sample, "student")
             fake = clean(self.critic, state, prompt)
@@ -187,17 +188,17 @@ class DMD(Method):
                 scale=self.guidance,
                 form=self.guidance_form,
             )
-        target = matching_target(
+        direction = matching_direction(
             sample, real, fake, epsilon=self.epsilon, normalizer=self.normalizer
         )
         if self.gan_weight == 0:
-            return Goal(target)
+            return Goal(direction)
         realism, gradient = self._realism(batch, prompt, sample)
-        return Goal(target, gradient=gradient, metrics={"gan": realism})
+        return Goal(direction, gradient=gradient, metrics={"gan": realism})
 
     def _towards(self, sample: Tensor, goal: Goal, share: float = 1.0) -> Tensor:
         """Return the student's loss of a share of the sample, and of its goal."""
-        error = half_squared(sample, goal.target)
+        error = along(sample, goal.direction)
         value = masked_mean(error, weight=goal.weight)
         if self.reduction == "sum":
             value = value * (2.0 * error[0].numel() / share)

@@ -7,11 +7,12 @@ gradient, through the last call of each block.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffdistill.errors import UserError
 from diffdistill.methods.dmd import DMD, Goal
 from diffdistill.protocols import StreamingFamily
 from diffdistill.readouts import clean
@@ -42,13 +43,16 @@ class SelfForcing(DMD):
         backward: ``block`` streams without a graph and then repeats each block's last call to
             back-propagate its part, so that one block's graph is alive at a time. ``whole``
             keeps the graph of all blocks. The gradients are the same, because the cached past
-            is detached; ``block`` costs one more forward pass of each block.
+            is detached; ``block`` costs one more forward pass of each block. (With dropout
+            the repeated call has a mask of its own.)
         rollout_frames: Latent frames of the longest stream; its length is drawn between the
             clip's and this, and its last clip is scored. None streams one clip.
         reencode: Where the scored clip is not the beginning: encode its first frame anew from
             its pixels, as the first frame of a video is encoded (Self-Forcing), and let the
             student learn nothing from its first block.
     """
+
+    streams: ClassVar = True
 
     family: StreamingFamily
     guidance: float = 4.0
@@ -100,12 +104,19 @@ class SelfForcing(DMD):
         """Return the length of this step's stream: a multiple of the block, the same on all ranks.
 
         Raises:
-            ValueError: If the longest stream is shorter than a clip.
+            UserError: If the longest stream does not fit the clip and the blocks.
         """
         longest = clip if self.rollout_frames is None else self.rollout_frames
-        if longest < clip:
-            raise ValueError(f"rollout_frames {longest} is less than the clip's {clip} frames")
         block = self.family.block_frames
+        if longest < clip or (longest - clip) % block:
+            raise UserError(
+                f"method.rollout_frames {longest} must be the clip's {clip} latent frames and a "
+                f"multiple of {block} more"
+            )
+        if longest > clip == block and self.reencode:
+            raise UserError(
+                "method.reencode leaves a clip of one block nothing to learn: set it to false"
+            )
         return clip + block * self.draws.integer("frames", step, (longest - clip) // block + 1)
 
     def _exits(self, blocks: int, step: int) -> list[int]:
@@ -143,10 +154,12 @@ class SelfForcing(DMD):
 
         Counts are shares of the samples, so that the blocks' mean is the loss of the whole.
         """
-        block = self.family.block_frames
-        starts = range(scored.learned, rollout.sample.shape[2], block)
-        for start in starts:
-            call = rollout.calls[start // block]
+        block, frames = self.family.block_frames, rollout.sample.shape[2]
+        starts = range(scored.learned, frames, block)
+        for start in range(0, frames, block):
+            call = rollout.calls.pop(0)  # a block's past may go once it is learned
+            if start not in starts:
+                continue
             again = clean(self.student, call.state, call.condition)
             part = goal.frames(start - scored.first, start - scored.first + block)
             yield Loss(
@@ -156,3 +169,4 @@ class SelfForcing(DMD):
                 more=start != starts[-1],
                 metrics=goal.metrics,
             )
+            del call, again

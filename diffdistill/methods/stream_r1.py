@@ -67,13 +67,25 @@ class StreamR1(SelfForcing):
     reward_batch: int = 1
 
     def __post_init__(self) -> None:
-        """Check the axes, and start a balance without history."""
+        """Check the options, and start a balance without history.
+
+        Raises:
+            ValueError: If one is out of its range, or an axis is not the reward's.
+        """
         super().__post_init__()
+        for name in ("space_strength", "time_strength", "space_floor", "time_floor"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        for name, least in (("balance", 0), ("balance_window", 4), ("reward_batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
         self._axes = tuple(self.reward.axes if self.axes is None else self.axes)
         unknown = [axis for axis in self._axes if axis not in self.reward.axes]
-        if unknown or not self._axes:
+        if unknown or not self._axes or len(set(self._axes)) < len(self._axes):
             known = ", ".join(self.reward.axes)
-            raise ValueError(f"axes {list(self._axes)}: the reward's axes are {known}")
+            raise ValueError(f"axes {list(self._axes)}: name some of the reward's once: {known}")
         self._balance = AxisBalance(
             self._axes, self.balance, self.balance_window, self.balance_warmup
         )
@@ -85,10 +97,14 @@ class StreamR1(SelfForcing):
 
     def _weigh(self, batch: Batch, sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weights ``[B, 1, F, h, w]`` of a clip, and what to log."""
-        pixels = self.family.decode(sample).clamp(0.0, 1.0)
+        pixels = self.family.decode(sample)
         places = self.space_strength > 0 or (self.time_strength > 0 and self.saliency != "joint")
         judged = self.reward.judge(
-            pixels, batch["prompts"], saliency=places, micro_batch=self.reward_batch
+            pixels,
+            batch["prompts"],
+            saliency=places,
+            micro_batch=self.reward_batch,
+            axes=self._axes,
         )
         scores = torch.stack([judged.scores[axis] for axis in self._axes], dim=-1)
         penalty = self._balance.penalty()
@@ -96,7 +112,7 @@ class StreamR1(SelfForcing):
         weight = clip.expand(-1, *sample.shape[2:])
         if places:
             weight = weight * self._places(judged.saliency, scores, sample, pixels.shape[1])
-        metrics = {f"reward/{axis}": judged.scores[axis].mean() for axis in self._axes}
+        metrics = {f"reward/{axis}": score.mean() for axis, score in judged.scores.items()}
         metrics["balance_penalty"] = torch.tensor(penalty)
         return weight[:, None], metrics
 

@@ -1,8 +1,10 @@
 """Does a reward that weighs distribution matching improve a streaming student, and what in it does?
 
 Trains the bundled causal student of moving digits along the paper's ablation ladder: DMD
-(Self-Forcing), Re-DMD (clips weighed by motion), then Stream-R1's parts one after another. All
-arms share data, noise and number of updates, and are measured on captions kept from training.
+(Self-Forcing), Re-DMD (clips weighed by motion), then all three axes, and Stream-R1's parts one after
+another. (Without temporal factoring the reference weighs places over the whole clip; here each
+frame is weighed alone, so that a rung changes one thing.) All arms share data, noise and number of
+updates, and are measured on captions kept from training.
 
     python scripts/reproduce/stream_r1.py         # about 40 minutes on 2 cores
 
@@ -25,7 +27,7 @@ from diffdistill.config import load_config
 from diffdistill.evaluation.few_step import parse_settings
 from diffdistill.evaluation.video import Sampling, make_scene, video
 from diffdistill.roles import Role
-from diffdistill.sampling import base_role, encode_prompts, generate, save_grid, with_frames
+from diffdistill.sampling import encode_prompts, generate, save_grid, with_frames
 from diffdistill.session import Session, build
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,7 @@ class Arm(NamedTuple):
 ARMS = {
     "dmd": Arm("self-forcing/digits", []),
     "re-dmd": Arm("stream-r1/digits", [*UNWEIGHED, "method.axes=[motion]"]),
+    "three axes": Arm("stream-r1/digits", UNWEIGHED),
     "+ spatial": Arm("stream-r1/digits", UNWEIGHED[1:]),
     "+ balanced": Arm("stream-r1/digits", ["method.time_strength=0"]),
     "+ temporal": Arm("stream-r1/digits", []),
@@ -90,14 +93,16 @@ def clips(session: Session, model: Role, num_steps: int, guidance: float) -> dic
 def collect(path: Path, seeds: int, steps: int) -> dict[str, Any]:
     """Run what ``path`` does not hold yet, saving after each run."""
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": steps}
+    if results["steps"] != steps:
+        raise SystemExit(f"{path} holds runs of {results['steps']} steps: choose another --output")
     shown = path.parent / "clips"
     shown.mkdir(exist_ok=True)
     session = build(load_config("self-forcing/digits"))
-    anchors = {"base": (base_role(session), Sampling(4, 1.0)),
+    anchors = {"base": (session.roles["student"], Sampling(4, 1.0)),
                "teacher": (session.roles["teacher"], Sampling(32, GUIDANCE))}  # fmt: skip
     for name, (model, how) in anchors.items():
         if name not in results:
-            results[name] = measure(session, model, name, how)
+            results[name] = measure(session, model, model.name, how)
             torch.save(clips(session, model, *how), shown / f"{name}.pt")
     for seed in range(seeds):
         for name, arm in ARMS.items():
@@ -193,6 +198,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "samples" / "stream-r1")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     results = collect(arguments.output / "results.json", arguments.seeds, arguments.steps)
     draw(results, arguments.output)
     reading = arguments.output / "reading.md"
