@@ -195,7 +195,7 @@ class MovingDigitsJudge:
     @cached_property
     def _features(self) -> tuple[PCA, PCA]:
         shapes, changes = self._pairs(moving_digits(800, seed=7)[0])
-        parts = [PCA(NUM_FEATURES, random_state=0).fit(pixels) for pixels in (shapes, changes)]
+        parts = [PCA(NUM_FEATURES - 1, random_state=0).fit(pixels) for pixels in (shapes, changes)]
         return parts[0], parts[1]
 
     @staticmethod
@@ -216,9 +216,9 @@ class MovingDigitsJudge:
         return shapes.double().numpy(), changes.double().numpy()
 
     def features(self, videos: Tensor) -> np.ndarray:
-        """What frames and their changes look like, ``[N (T - 1), 50]``.
+        """What frames and their changes look like, ``[N (T - 1), 48]``.
 
-        For each of the two, 24 principal components and the size of what they leave out, which
+        For each of the two, 23 principal components and the size of what they leave out, which
         sees noise and blur. Both follow the digit: shape and motion count and the place does not.
         """
         found = []

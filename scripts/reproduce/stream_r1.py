@@ -1,10 +1,10 @@
 """Does a reward that weighs distribution matching improve a streaming student, and what in it does?
 
 Trains the bundled causal student of moving digits along the paper's ablation ladder: DMD
-(Self-Forcing), Re-DMD (clips weighed by motion), then all three axes, and Stream-R1's parts one after
-another. (Without temporal factoring the reference weighs places over the whole clip; here each
-frame is weighed alone, so that a rung changes one thing.) All arms share data, noise and number of
-updates, and are measured on captions kept from training.
+(Self-Forcing), Re-DMD (clips weighed by motion), then all three axes, and Stream-R1's parts one
+after another. (Without temporal factoring the reference weighs places over the whole clip; here
+each frame is weighed alone, so that a rung changes one thing.) All arms share data, noise and
+number of updates, and are measured on captions kept from training.
 
     python scripts/reproduce/stream_r1.py         # about 40 minutes on 2 cores
 
