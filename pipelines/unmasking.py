@@ -85,7 +85,7 @@ class Unmasking:
         """Yield each step until nothing is masked.
 
         A row's random numbers depend on its id, the purpose and the step, so that it settles
-        alike alone and in a batch.
+        alike alone and in a batch (rounding aside, where two confidences are equal).
 
         Args:
             predict: Returns logits ``[B, W, V]`` for token ids ``[B, W]``.
