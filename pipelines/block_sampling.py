@@ -130,18 +130,15 @@ class BlockSampler:
             for row, tokens in zip(event.rows.tolist(), event.tokens, strict=True):
                 answers[row].append(tokens)
         width = None if canvas is None else canvas.shape[1]
-        return [self._cut(torch.cat(parts)[:width], canvas, row)
-                for row, parts in enumerate(answers)]  # fmt: skip
-
-    def _cut(self, answer: Tensor, canvas: Tensor | None, row: int) -> Tensor:
-        """Return an answer up to its first sampled end token."""
-        ended = is_one_of(answer, self.eos_ids)
-        if canvas is not None:
-            given = given_tokens(canvas[row], self.mask_id)[: len(answer)]
-            last = given.nonzero()[-1, 0] + 1 if given.any() else 0
-            ended[:last] = False
-        first = ended.nonzero()[:1, 0]
-        return answer[: int(first) + 1] if len(first) else answer
+        return [
+            up_to_end(
+                torch.cat(parts)[:width],
+                None if canvas is None else canvas[row],
+                self.eos_ids,
+                self.mask_id,
+            )
+            for row, parts in enumerate(answers)
+        ]
 
     @torch.no_grad()
     def stream(
@@ -258,3 +255,16 @@ def given_tokens(canvas: Tensor, mask_id: int) -> Tensor:
 def is_one_of(tokens: Tensor, ids: Sequence[int]) -> Tensor:
     """Return which tokens are one of ``ids``, as bool."""
     return torch.isin(tokens, torch.tensor(list(ids), dtype=tokens.dtype, device=tokens.device))
+
+
+def up_to_end(
+    answer: Tensor, canvas: Tensor | None, eos_ids: Sequence[int], mask_id: int
+) -> Tensor:
+    """Return an answer up to and including its first sampled end token after all given ones."""
+    ended = is_one_of(answer, eos_ids)
+    if canvas is not None:
+        given = given_tokens(canvas, mask_id).nonzero()[:, 0]
+        last = int(given[-1]) + 1 if len(given) else 0
+        ended[:last] = False
+    first = ended.nonzero()[:1, 0]
+    return answer[: int(first) + 1] if len(first) else answer
