@@ -72,6 +72,22 @@ def at(prediction: Prediction, mask: Tensor) -> Prediction:
     return prediction[mask]
 
 
+def without(prediction: Prediction, ids: Sequence[int]) -> Prediction:
+    """Return a prediction under which the tokens ``ids`` are impossible.
+
+    With the mask token, it is the zero masking probability of MDLM's SUBS parameterization.
+    """
+    if isinstance(prediction, Tensor):
+        kept = prediction.clone()
+        kept[..., list(ids)] = -torch.inf
+        return kept
+    assert prediction.softcap is None, "a soft cap would make suppressed logits finite"
+    weight, bias = prediction.weight, prediction.bias
+    table = weight.new_zeros(len(weight)) if bias is None else bias.clone()
+    table[list(ids)] = -torch.inf
+    return prediction._replace(bias=table)
+
+
 def dense(prediction: Prediction) -> Tensor:
     """Return the logits ``[..., V]`` in float32 at least, for small inputs and for tests."""
     if isinstance(prediction, Tensor):

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from diffdistill.errors import UserError
-from diffdistill.projection import Projection
+from diffdistill.noising import TokenLogprob
+from diffdistill.projection import Projection, token_logprob, without
 
 Attention = Literal["sdpa", "eager", "flex_attention"]
 Order = Literal["noised-clean", "clean-noised"]
@@ -154,7 +155,7 @@ def training_mask(
     return as_mask(_dense_mask(length, block, order, pads, where), attention, dtype)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _shared_mask(
     length: int, block: int, order: Order, attention: Attention, dtype: torch.dtype, device: str
 ) -> Mask:
@@ -352,6 +353,27 @@ def denoise(
     found = project(network, torch.cat(both, 1), mask, positions.repeat(1, 2))
     half = slice(None, length) if order == "noised-clean" else slice(length, None)
     return found._replace(hidden=found.hidden[:, half])
+
+
+def clean_logprob(
+    network: nn.Module,
+    clean: Tensor,
+    *,
+    block: int,
+    mask_id: int,
+    pads: Tensor | None = None,
+    tile_rows: int | None = None,
+) -> TokenLogprob:
+    """Return the function that ``noising``'s bounds ask for the log-probability of ``clean``.
+
+    The mask token is impossible (SUBS), as in sampling.
+    """
+
+    def logprob(noised: Tensor, masked: Tensor) -> Tensor:
+        found = denoise(network, noised, clean, block=block, pads=pads)
+        return token_logprob(without(found, [mask_id]), clean, mask=masked, tile_rows=tile_rows)
+
+    return logprob
 
 
 def chat_tokens(

@@ -1,4 +1,5 @@
 from itertools import product
+from math import factorial
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import DynamicCache
 
+from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.noising import MaskNoise, likelihood_bound, nelbo
 from diffdistill.pipelines.block_diffusion import (
     Attention,
     Order,
@@ -15,6 +18,7 @@ from diffdistill.pipelines.block_diffusion import (
     cache_argument,
     causal_mask,
     chat_tokens,
+    clean_logprob,
     denoise,
     dense_attention,
     full_mask,
@@ -243,6 +247,49 @@ def test_the_projection_is_the_networks_own_prediction(name: str) -> None:
         found = dense(project(network, tokens, mask, positions))
         expected = network(tokens, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(found, expected)
+
+
+def test_the_likelihood_bound_of_a_network_is_the_sum_over_all_masks() -> None:
+    """Oracle: every mask of every block, with its weight in the integral over noise levels."""
+    network, clean, block = causal_lm(), ids(1, 6), 2
+    none, expected = torch.zeros(1, dtype=torch.long), 0.0
+    for start in range(2, 6, block):
+        stop = start + block
+        for chosen in ([start], [start + 1], [start, start + 1]):
+            tokens = clean[:, :stop].clone()
+            tokens[:, chosen] = MASK
+            mask = causal_mask(none, 0, stop, block)
+            with torch.no_grad():
+                logits = network(tokens, attention_mask=mask).logits[0]
+            logits[:, MASK] = -torch.inf
+            losses = -logits.log_softmax(-1)[chosen, clean[0, chosen]]
+            integral = factorial(len(chosen) - 1) * factorial(block - len(chosen)) / factorial(2)
+            expected += integral * losses.sum().item()
+    rows = 40
+    clean, numbers = clean.expand(rows, 6), torch.arange(rows)
+    maskable = (torch.arange(6) >= 2).expand(rows, 6)
+    logprob = clean_logprob(network, clean, block=block, mask_id=MASK)
+    found = likelihood_bound(
+        logprob, clean, maskable, Draws(0), numbers, mask_id=MASK, block=block, num_draws=10
+    )
+    noise = MaskNoise(mask_id=MASK, block=block)
+    rough = nelbo(logprob, clean, maskable, Draws(0), numbers, noise=noise, num_draws=20)
+    for estimate in (found, rough):
+        mean, error = estimate.per_token()
+        assert mean * 4 == pytest.approx(expected, abs=4 * 4 * error)
+        assert error * 4 < 0.05 * expected
+
+
+@pytest.mark.slow
+def test_a_network_with_flex_attention_predicts_what_it_does_with_sdpa() -> None:
+    clean = ids(2, 12)
+    noised, pads = noised_of(clean), torch.tensor([0, 2])
+    logits = []
+    for attention in ("sdpa", "flex_attention"):
+        network = causal_lm(attention=attention, head_dim=16)
+        with torch.no_grad():
+            logits.append(dense(denoise(network, noised, clean, block=4, pads=pads)))
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_that_is_given_is_always_appended_to() -> None:

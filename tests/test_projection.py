@@ -10,6 +10,7 @@ from diffdistill.projection import (
     dense,
     token_logprob,
     token_maps,
+    without,
 )
 from tests.conftest import randn
 
@@ -210,6 +211,28 @@ def test_suppressed_logits_of_both_sides_count_as_nothing() -> None:
     torch.testing.assert_close(maps, token_maps(own[..., kept], target[..., kept], wanted))
     for value in maps.values():
         assert torch.autograd.grad(value.sum(), own, retain_graph=True)[0].isfinite().all()
+
+
+def test_suppressing_tokens_of_a_projection_or_of_logits_leaves_the_rest_normalized() -> None:
+    student, teacher, kept = projection(0), projection(10), [0, 1, 3, 4, 6]
+    leaves = leaves_of(student)
+    tokens = torch.tensor(kept)[some_tokens() % 5]
+    wanted: tuple[TokenMap, ...] = ("logprob", "entropy", "forward-kl", "reverse-kl", "jsd")
+    for of in (lambda x: x, dense):
+        own, other = without(of(student), [2, 5]), without(of(teacher), [2, 5])
+        maps = token_maps(own, other, wanted, tokens=tokens, tile_rows=3)
+        places = torch.tensor([kept.index(i) for i in tokens.flatten().tolist()]).reshape(ROWS)
+        expected = token_maps(
+            dense(student)[..., kept], dense(teacher)[..., kept], wanted, tokens=places
+        )
+        torch.testing.assert_close(maps, expected)
+        for name in wanted:
+            found = torch.autograd.grad(maps[name].sum(), leaves, retain_graph=True)
+            known = torch.autograd.grad(expected[name].sum(), leaves, retain_graph=True)
+            torch.testing.assert_close(found, known)
+    bare = without(student._replace(bias=None), [2])
+    assert (dense(bare)[..., 2] == -torch.inf).all()
+    assert dense(student).isfinite().all()
 
 
 def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
