@@ -146,8 +146,17 @@ def training_mask(
         attention: The network's attention, see ``attention_of``.
         dtype: The network's type.
         device: Where the mask is.
+
+    Raises:
+        UserError: If flex cannot be trusted with the length. With other ones, torch's kernels read
+            past the keys on the CPU, and gradients are NaN on CUDA (pytorch issue 153799).
     """
     where = str(device)
+    if attention == "flex_attention" and 2 * length % SPARSE_TILE:
+        raise UserError(
+            f"flex_attention needs rows of a multiple of {SPARSE_TILE // 2} tokens, not {length}: "
+            "set such a length, or use attention sdpa"
+        )
     if pads is None or not pads.any():
         return _shared_mask(length, block, order, attention, dtype, where)
     if attention == "flex_attention":

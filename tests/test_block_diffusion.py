@@ -74,15 +74,24 @@ def test_the_training_mask_is_the_three_rules_of_the_paper(
     added = training_mask(length, block, pads=given, order=order, attention="eager")
     assert torch.equal(added[:, 0] == 0, expected)
     assert (added[:, 0][~expected] == torch.finfo(torch.float32).min).all()
-    flex = training_mask(length, block, pads=given, order=order, attention="flex_attention")
-    rows, total = len(expected), 2 * length
-    assert torch.equal(create_mask(flex.mask_mod, rows, 1, total, total, "cpu")[:, 0], expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("pads", [[0], [0, 5, 3]])
+@pytest.mark.parametrize("block", [8, 24])
+def test_flex_attention_is_given_the_same_rules(block: int, pads: list[int], order: Order) -> None:
+    flex = training_mask(
+        64, block, pads=torch.tensor(pads), order=order, attention="flex_attention"
+    )
+    assert isinstance(flex, BlockMask)
+    found = create_mask(flex.mask_mod, len(pads), 1, 128, 128, "cpu")[:, 0]
+    assert torch.equal(found, table(64, block, order, pads))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("pads", [None, [0, 7]])
 def test_flex_attention_with_the_block_mask_equals_sdpa(pads: list[int] | None) -> None:
-    length, block = 160, 32  # more than one tile of 128
+    length, block = 192, 32  # more than one tile of 128
     given = None if pads is None else torch.tensor(pads)
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 1, 2 * length, 8, generator=rng) for _ in range(3))
@@ -97,9 +106,9 @@ def test_flex_attention_with_the_block_mask_equals_sdpa(pads: list[int] | None) 
 
 def test_masks_without_padding_are_made_once() -> None:
     options: dict[str, Any] = {"attention": "flex_attention"}
-    first = training_mask(12, 4, **options)
-    assert training_mask(12, 4, pads=torch.tensor([0, 0]), **options) is first
-    assert training_mask(12, 6, **options) is not first
+    first = training_mask(64, 4, **options)
+    assert training_mask(64, 4, pads=torch.tensor([0, 0]), **options) is first
+    assert training_mask(64, 6, **options) is not first
     assert training_mask(12, 4) is training_mask(12, 4)
 
 
@@ -282,7 +291,7 @@ def test_the_likelihood_bound_of_a_network_is_the_sum_over_all_masks() -> None:
 
 @pytest.mark.slow
 def test_a_network_with_flex_attention_predicts_what_it_does_with_sdpa() -> None:
-    clean = ids(2, 12)
+    clean = ids(2, 64)
     noised, pads = noised_of(clean), torch.tensor([0, 2])
     logits = []
     for attention in ("sdpa", "flex_attention"):
@@ -310,12 +319,14 @@ def test_a_cache_that_is_given_is_always_appended_to() -> None:
 
 def test_flex_attention_is_not_trained_on_the_cpu_but_gives_way_to_sdpa_in_sampling() -> None:
     network = causal_lm(attention="flex_attention")
-    clean = ids(1, 8)
+    clean = ids(1, 64)
     with pytest.raises(UserError, match="no backward pass on the CPU"):
         denoise(network, noised_of(clean), clean, block=4)
     with dense_attention(network) as attention:
         assert attention == attention_of(network) == "sdpa"
     assert attention_of(network) == "flex_attention"
+    with pytest.raises(UserError, match="multiple of 64 tokens, not 12"):
+        denoise(network, clean[:, :12], clean[:, :12], block=4)
 
 
 def test_attention_without_masks_is_refused() -> None:
