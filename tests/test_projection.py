@@ -102,6 +102,16 @@ def test_plain_logits_give_the_same_maps_and_gradients() -> None:
     torch.autograd.gradcheck(lambda x: token_logprob(x, tokens, tile_rows=3), [logits])
 
 
+def test_logits_are_scaled_and_then_softly_capped() -> None:
+    student = projection(0)
+    product = student.hidden @ student.weight.T + student.bias
+    changed = student._replace(scale=0.7, softcap=3.0)
+    expected = 3.0 * torch.tanh(0.7 * product / 3.0)
+    torch.testing.assert_close(dense(changed), expected)
+    found = token_maps(changed, None, ("entropy",))["entropy"]
+    torch.testing.assert_close(found, token_maps(expected, None, ("entropy",))["entropy"])
+
+
 def test_a_projection_may_be_compared_with_logits() -> None:
     student, teacher = projection(0), projection(10)
     mixed = token_maps(student, dense(teacher), ("reverse-kl",))
