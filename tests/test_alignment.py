@@ -62,7 +62,7 @@ def brute_force(student: Spelling, teacher: Spelling) -> list[Chunk]:
 
 def test_chunks_of_random_texts_partition_both_sides_and_are_the_smallest() -> None:
     rng = random.Random(0)
-    for _ in range(3000):
+    for _ in range(2000):
         text = random_text(rng)
         size = len(text.encode())
         first, second = (spelling(text, random_cuts(rng, size)) for _ in range(2))
