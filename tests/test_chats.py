@@ -6,7 +6,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from diffdistill.alignment import Spelling
+from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.methods.tide import Tide
 from diffdistill.pipelines.byte_spans import Speller
 from diffdistill.pipelines.chats import (
     Row,
@@ -22,7 +24,9 @@ from diffdistill.pipelines.chats import (
     text_row,
     text_rows,
 )
+from diffdistill.types import Progress
 from tests.test_byte_spans import TEXTS, byte_level, metaspace
+from tests.test_method_tide import Network, Texts
 
 CHATML = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
 BRACKETS = (
@@ -303,3 +307,23 @@ def test_stacked_rows_are_padded_tensors() -> None:
     assert text.chunks.dtype == torch.int64
     wider, _ = stack([document(0, 3)], pad=9, length=5)
     assert wider.tokens.shape == (1, 5)
+
+
+def test_chats_of_two_tokenizers_are_what_tide_learns_from(
+    student: Speller, teacher: Speller
+) -> None:
+    pairs = [chat_rows(student, teacher, chat) for chat in (CHAT, CHAT[:2], CHAT[4:])]
+    batch: dict[str, Any] = {"ids": torch.arange(3), "bias": torch.zeros(3, 1)}
+    for side, name in enumerate(("student", "teacher")):
+        text, _ = stack([pair[side] for pair in pairs], pad=1)
+        batch |= {f"{name}/{field}": value for field, value in text._asdict().items()}
+    size = len(student.tokenizer)
+    network, judge = Network(size, 1, 0.1), Network(len(teacher.tokenizer), 2, 0.1)
+    method = Tide(family=Texts(), draws=Draws(0), student=network, teacher=judge, exposure=0.5)
+    (loss,) = method.losses(batch, Progress(0, 10))
+    loss.value.backward()
+    assert loss.count == sum(sum(pair[0].maskable) for pair in pairs)
+    assert float(loss.metrics["active_chunks"]) > 0
+    assert network.own.grad is not None
+    assert network.own.grad.isfinite().all()
+    assert judge.own.grad is None
