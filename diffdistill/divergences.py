@@ -74,3 +74,100 @@ def softplus_gan(real: Tensor, fake: Tensor) -> Tensor:
     """
     softplus = torch.nn.functional.softplus
     return softplus(-real.float()) + softplus(fake.float())
+
+
+CHUNK_EPSILON = 1e-7
+"""How far chunk probabilities stay from 0 and 1 (TIDE's code); a logit is at most 16.118."""
+
+
+def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))`` of logits, ``[...]``.
+
+    The gradient in the student's logits is ``T (softmax(student / T) - softmax(teacher / T))``.
+    """
+    ours, theirs = _log_softmax(student, teacher, temperature)
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=-1)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return ``T^2 KL(softmax(student / T) || softmax(teacher / T))`` of logits, ``[...]``."""
+    ours, theirs = _log_softmax(student, teacher, temperature)
+    return temperature**2 * (ours.exp() * (ours - theirs)).sum(dim=-1)
+
+
+@torch.no_grad()
+def tidal_logits(student: Tensor, teacher: Tensor, rate: Tensor) -> Tensor:
+    """Return the target between two logits ``[..., V]``, a constant, float32.
+
+    Eq. 3 of TIDE (arXiv:2604.26951): ``(1 - rate) student + rate teacher``, to be divided by the
+    temperature with the student's. At rate 0 the student is its own target.
+
+    Args:
+        student: The student's logits; they get no gradient from here.
+        teacher: The teacher's.
+        rate: The teacher's share, broadcastable.
+    """
+    return torch.lerp(student.float(), teacher.float(), rate.float().expand_as(student))
+
+
+@torch.no_grad()
+def tidal_probability(student: Tensor, teacher: Tensor, rate: Tensor) -> Tensor:
+    """Return the target between two chunk probabilities, a constant, clamped as they are.
+
+    Eq. 10 of TIDE: ``(1 - rate) student + rate teacher``.
+    """
+    mixed = torch.lerp(student.float(), teacher.float(), rate.float().expand_as(student))
+    return mixed.clamp(CHUNK_EPSILON, 1.0 - CHUNK_EPSILON)
+
+
+def chunk_probability(logprob: Tensor, temperature: float) -> Tensor:
+    """Return ``exp(logprob / T)`` of chunk log-likelihoods, clamped away from 0 and 1, float32.
+
+    Eq. 9 of TIDE. Where it is clamped there is no gradient (see ``chunk_clamped``).
+    """
+    return (logprob.float() / temperature).exp().clamp(CHUNK_EPSILON, 1.0 - CHUNK_EPSILON)
+
+
+@torch.no_grad()
+def chunk_clamped(logprob: Tensor, temperature: float) -> Tensor:
+    """Return where ``chunk_probability`` is clamped, bool: these chunks teach nothing."""
+    probability = (logprob.float() / temperature).exp()
+    return (probability < CHUNK_EPSILON) | (probability > 1.0 - CHUNK_EPSILON)
+
+
+def calm(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cross-entropy of binary events, from the teacher's side, as a map.
+
+    ``-[p log s + (1 - p) log(1 - s)]`` of chunk probabilities s (student) and p: CALM, eq. 9 of
+    TIDE. Least at s = p. In the log-likelihood its gradient is bounded as s falls to 0, and
+    unbounded as s rises to 1.
+    """
+    teacher = teacher.detach()
+    return -(teacher * student.log() + (1.0 - teacher) * torch.log1p(-student))
+
+
+def reverse_calm(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cross-entropy of binary events, from the student's side, as a map.
+
+    ``-[s log p + (1 - s) log(1 - p)]``: Reverse CALM, eq. 11 of TIDE, as published. It is linear
+    in s: least at s = 0 where p < 1/2 and at s = 1 where p > 1/2, and not at s = p. It is not
+    ``reverse_binary_kl`` up to a constant: what it leaves out, the student's own entropy,
+    depends on the student. Its slope is at most 16.118.
+    """
+    teacher = teacher.detach()
+    return -(student * teacher.log() + (1.0 - student) * torch.log1p(-teacher))
+
+
+def reverse_binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(student || teacher) of binary events, as a map; least at s = p.
+
+    ``s log(s / p) + (1 - s) log((1 - s) / (1 - p))``, a mode of tokenkit's ALM
+    (arXiv:2503.20083); TIDE does not use it.
+    """
+    entropy = -(student * student.log() + (1.0 - student) * torch.log1p(-student))
+    return reverse_calm(student, teacher) - entropy
+
+
+def _log_softmax(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    ours = torch.log_softmax(student.float() / temperature, dim=-1)
+    return ours, torch.log_softmax(teacher.detach().float() / temperature, dim=-1)

@@ -54,3 +54,36 @@ def logit_normal_time(normal: Tensor, *, mean: float, std: float) -> Tensor:
     The logit-normal density of section 3.1 of arXiv:2403.03206.
     """
     return torch.sigmoid(mean + std * normal)
+
+
+TidalAxes = Literal["both", "training", "noise"]
+TidalGrowth = Literal["cosine", "linear"]
+
+
+def tidal_rate(
+    progress: float,
+    t: Tensor,
+    *,
+    start: float = 0.1,
+    end: float = 0.9,
+    axes: TidalAxes = "both",
+    growth: TidalGrowth = "cosine",
+) -> Tensor:
+    """Return the teacher's share ``[B]`` of TIDAL's target at noise level ``t`` ``[B]``.
+
+    Eq. 1 and 2 of TIDE (arXiv:2604.26951): it rises with training, from ``start`` to ``end``, and
+    falls as more of the text is hidden, ``rate(progress) (1 - t)``.
+
+    Args:
+        progress: The share of training done, in [0, 1].
+        t: The noise level.
+        start: The share at the start of training, before the factor of the noise.
+        end: The share at the end.
+        axes: ``both``; ``training`` is ``rate(progress)`` for every t (the paper's ablation
+            without the timestep axis); ``noise`` is ``end (1 - t)`` throughout (the one without
+            the training axis).
+        growth: ``cosine``, ``(1 - cos(pi progress)) / 2`` (paper), or ``linear`` (code).
+    """
+    grown = progress if growth == "linear" else 0.5 * (1.0 - math.cos(math.pi * progress))
+    rate = end if axes == "noise" else start + (end - start) * grown
+    return rate * (torch.ones_like(t) if axes == "training" else 1.0 - t)

@@ -32,3 +32,17 @@ def weaker_axes(scores: Tensor, temperature: float) -> Tensor:
     ``softmax(-scores / temperature)``, from Stream-R1's code (temperature 1).
     """
     return torch.softmax(-scores / temperature, dim=-1)
+
+
+NoiseWeight = Literal["uniform", "midrange"]
+
+
+def noise_weight(t: Tensor, kind: NoiseWeight) -> Tensor:
+    """Return the factor ``[B]`` of a distillation error at noise level ``t`` ``[B]``.
+
+    ``uniform`` is 1. ``midrange`` is ``exp(-(t - 0.5)^2 / (2 0.15^2))``, from the code of TIDE
+    (arXiv:2604.26951); 1 at t = 0.5, and not normalized.
+    """
+    if kind == "uniform":
+        return torch.ones_like(t)
+    return torch.exp(-(t - 0.5).square() / (2.0 * 0.15**2))

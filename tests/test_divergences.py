@@ -3,8 +3,24 @@ import math
 import pytest
 import torch
 
-from diffdistill.divergences import along, masked_mean, matching_direction, mse, softplus_gan
-from tests.conftest import randn
+from diffdistill.divergences import (
+    Divergence,
+    along,
+    calm,
+    chunk_clamped,
+    chunk_probability,
+    forward_kl,
+    masked_mean,
+    matching_direction,
+    mse,
+    reverse_binary_kl,
+    reverse_calm,
+    reverse_kl,
+    softplus_gan,
+    tidal_logits,
+    tidal_probability,
+)
+from tests.conftest import generator, randn
 
 
 def test_mse_is_the_squared_difference_of_each_entry() -> None:
@@ -153,3 +169,149 @@ def test_softplus_gan_raises_the_logit_of_data_and_lowers_that_of_samples() -> N
 def test_softplus_gan_stays_finite_at_large_logits() -> None:
     error = softplus_gan(torch.tensor([-500.0]), torch.tensor([500.0]))
     assert error.tolist() == [1000.0]
+
+
+def brute_kl(first: list[float], second: list[float]) -> float:
+    return sum(p * math.log(p / q) for p, q in zip(first, second, strict=True))
+
+
+def brute_softmax(logits: list[float], temperature: float) -> list[float]:
+    powers = [math.exp(x / temperature) for x in logits]
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_kls_of_logits_are_those_of_their_probabilities(temperature: float) -> None:
+    student, teacher = randn(3, 5, seed=20), randn(3, 5, seed=21)
+    pairs = [
+        [brute_softmax(x, temperature) for x in row]
+        for row in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    square = temperature**2
+    expected = [square * brute_kl(theirs, ours) for ours, theirs in pairs]
+    assert forward_kl(student, teacher, temperature).tolist() == pytest.approx(expected, rel=1e-4)
+    expected = [square * brute_kl(ours, theirs) for ours, theirs in pairs]
+    assert reverse_kl(student, teacher, temperature).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gradient_of_the_forward_kl_is_the_gap_of_probabilities_times_the_temperature() -> None:
+    student = randn(4, 6, seed=22, dtype=torch.float64).float().requires_grad_()
+    teacher = randn(4, 6, seed=23).requires_grad_()
+    forward_kl(student, teacher, 2.0).sum().backward()
+    gap = torch.softmax(student / 2, -1) - torch.softmax(teacher / 2, -1)
+    torch.testing.assert_close(student.grad, (2.0 * gap).detach(), rtol=1e-5, atol=1e-6)
+    assert teacher.grad is None
+
+
+def test_the_tidal_target_goes_from_the_student_to_the_teacher_in_logits() -> None:
+    student, teacher = randn(3, 5, seed=24).requires_grad_(), randn(3, 5, seed=25)
+    rate = torch.tensor([[0.0], [1.0], [0.25]])
+    target = tidal_logits(student, teacher, rate)
+    assert torch.equal(target[0], student[0])
+    torch.testing.assert_close(target[1], teacher[1])
+    torch.testing.assert_close(target[2], 0.75 * student.detach()[2] + 0.25 * teacher[2])
+    assert not target.requires_grad
+
+
+def test_at_rate_zero_the_student_is_at_rest() -> None:
+    student = randn(3, 5, seed=26).requires_grad_()
+    target = tidal_logits(student, randn(3, 5, seed=27), torch.zeros(3, 1))
+    error = forward_kl(student, target, 2.0)
+    error.sum().backward()
+    assert error.tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(student.grad, torch.zeros(3, 5), rtol=0, atol=1e-7)
+
+
+def test_the_tidal_target_of_chunks_mixes_probabilities_and_stays_inside() -> None:
+    student = torch.tensor([0.2, 0.2, 0.2, 0.0]).requires_grad_()
+    teacher = torch.tensor([0.8, 0.8, 0.8, 0.0])
+    target = tidal_probability(student, teacher, torch.tensor([0.0, 0.25, 1.0, 0.5]))
+    assert target.tolist() == pytest.approx([0.2, 0.35, 0.8, 1e-7])
+    assert not target.requires_grad
+
+
+def test_the_temperature_of_chunks_divides_their_log_likelihood_and_both_ends_are_clamped() -> None:
+    logprob = torch.tensor([0.0, -1.0, -40.0])
+    assert chunk_probability(logprob, 2.0).tolist() == pytest.approx(
+        [1 - 1e-7, math.exp(-0.5), 1e-7]
+    )
+    assert chunk_clamped(logprob, 2.0).tolist() == [True, False, True]
+    assert chunk_clamped(torch.tensor([-32.0, -32.5]), 2.0).tolist() == [False, True]
+
+
+def test_bfloat16_likelihoods_are_clamped_in_float32() -> None:
+    probability = chunk_probability(torch.zeros(1, dtype=torch.bfloat16), 1.0)
+    assert probability.dtype == torch.float32
+    assert probability.item() < 1.0
+
+
+@pytest.mark.parametrize("divergence", [calm, reverse_calm, reverse_binary_kl])
+def test_clamped_chunks_give_no_gradient_and_a_finite_loss(divergence: Divergence) -> None:
+    logprob = torch.tensor([0.0, -100.0, -math.inf]).requires_grad_()
+    for p in (1e-7, 0.3, 1 - 1e-7):
+        error = divergence(chunk_probability(logprob, 2.0), torch.full((3,), p))
+        error.sum().backward()
+        assert error.isfinite().all()
+    assert logprob.grad is not None
+    assert logprob.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def slope(divergence: Divergence, s: float, p: float) -> float:
+    """Return the derivative in the student's log-likelihood x, where s = exp(x)."""
+    x = torch.tensor(math.log(s)).requires_grad_()
+    divergence(x.exp(), torch.tensor(p)).backward()
+    assert x.grad is not None
+    return x.grad.item()
+
+
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("s", [0.001, 0.3, 0.6, 0.999])
+def test_the_slopes_of_calm_and_its_reverse_are_the_papers(s: float, p: float) -> None:
+    forward = -(p - (1 - p) * s / (1 - s))
+    assert slope(calm, s, p) == pytest.approx(forward, rel=2e-3, abs=1e-5)
+    reverse = -s * math.log(p / (1 - p))
+    assert slope(reverse_calm, s, p) == pytest.approx(reverse, rel=1e-4, abs=1e-6)
+    true = s * (math.log(s / (1 - s)) - math.log(p / (1 - p)))
+    assert slope(reverse_binary_kl, s, p) == pytest.approx(true, rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("p", "least"), [(0.49, 0), (0.51, -1)])
+def test_reverse_calm_is_linear_and_least_at_an_end_and_the_others_at_the_teacher(
+    p: float, least: int
+) -> None:
+    s = torch.linspace(0.01, 0.99, 99)
+    teacher = torch.full_like(s, p)
+    published = reverse_calm(s, teacher)
+    assert published.diff().diff().abs().max() < 1e-5
+    assert published.argmin() == torch.arange(99)[least]
+    for divergence in (calm, reverse_binary_kl):
+        assert s[divergence(s, teacher).argmin()].item() == pytest.approx(p)
+
+
+def test_reverse_calm_is_the_true_divergence_and_the_students_entropy() -> None:
+    s, p = torch.rand(20, generator=generator(28)), torch.rand(20, generator=generator(29))
+    expected = [
+        brute_kl([a, 1 - a], [b, 1 - b]) for a, b in zip(s.tolist(), p.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(
+        reverse_binary_kl(s, p), torch.tensor(expected), rtol=1e-3, atol=1e-5
+    )
+    entropy = torch.distributions.Bernoulli(s).entropy()
+    torch.testing.assert_close(reverse_calm(s, p) - entropy, reverse_binary_kl(s, p))
+
+
+def test_the_slope_of_reverse_calm_is_bounded_at_both_ends_and_that_of_calm_at_one() -> None:
+    bound = math.log((1 - 1e-7) / 1e-7)
+    for p in (1e-7, 1 - 1e-7):
+        for s in (1e-7, 0.5, 1 - 1e-6):
+            assert abs(slope(reverse_calm, s, p)) <= bound * s * (1 + 1e-4)
+    assert abs(slope(calm, 1e-6, 0.02)) < 0.03
+    assert slope(calm, 0.9999, 0.02) > 9e3  # divided by T = 2, the note's 4.9e3
+
+
+def test_chunk_divergences_give_the_teacher_no_gradient() -> None:
+    for divergence in (calm, reverse_calm, reverse_binary_kl):
+        s, p = torch.full((3,), 0.3).requires_grad_(), torch.full((3,), 0.6).requires_grad_()
+        divergence(s, p).sum().backward()
+        assert p.grad is None
+        assert s.grad is not None

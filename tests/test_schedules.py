@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffdistill.schedules import (
     logit_normal_time,
     score_time,
     shifted,
+    tidal_rate,
 )
 from tests.conftest import generator, randn
 
@@ -79,3 +81,36 @@ def test_a_larger_shift_means_more_noise() -> None:
     low, high = shifted(uniform, 2.0), shifted(uniform, 3.0)
     assert (high > low).all()
     assert (low > uniform).all()
+
+
+def test_tidal_rate_rises_with_training_by_half_a_cosine() -> None:
+    zero = torch.zeros(1)
+    rates = [tidal_rate(p, zero).item() for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    turn = 0.4 * math.sqrt(0.5)
+    assert rates == pytest.approx([0.1, 0.5 - turn, 0.5, 0.5 + turn, 0.9])
+
+
+def test_tidal_rate_rises_evenly_if_asked() -> None:
+    rates = [tidal_rate(p, torch.zeros(1), growth="linear").item() for p in (0.0, 0.25, 1.0)]
+    assert rates == pytest.approx([0.1, 0.3, 0.9])
+
+
+def test_tidal_rate_falls_to_zero_as_all_is_hidden() -> None:
+    t = torch.tensor([0.0, 0.25, 1.0])
+    assert tidal_rate(0.5, t).tolist() == pytest.approx([0.5, 0.375, 0.0])
+
+
+def test_each_axis_of_the_tidal_rate_stands_alone() -> None:
+    t = torch.tensor([0.25, 1.0])
+    assert tidal_rate(0.5, t, axes="training").tolist() == pytest.approx([0.5, 0.5])
+    for progress in (0.0, 0.5, 1.0):
+        assert tidal_rate(progress, t, axes="noise").tolist() == pytest.approx([0.675, 0.0])
+
+
+def test_the_tidal_rate_goes_on_where_a_resumed_run_left_off() -> None:
+    t = torch.tensor([0.3])
+    whole = [tidal_rate(step / 9, t) for step in range(10)]
+    parts = [tidal_rate(step / 9, t) for steps in (range(4), range(4, 10)) for step in steps]
+    assert whole == parts
+    jumps = [abs(b - a).item() for a, b in pairwise(whole)]
+    assert max(jumps) < 0.8 * 0.7 * math.pi / 2 / 9 + 1e-6  # its slope is bounded

@@ -1,9 +1,12 @@
+import math
+
+import pytest
 import torch
 
 from diffdistill.divergences import masked_mean, mse
 from diffdistill.readouts import clean_of, per_sample
 from diffdistill.types import State
-from diffdistill.weights import velocity_weight
+from diffdistill.weights import noise_weight, velocity_weight
 from tests.conftest import randn
 
 
@@ -33,3 +36,12 @@ def test_sigma2_weight_gives_the_gradient_of_the_clean_error() -> None:
     masked_mean(mse(one, teacher), weight=weight).backward()
     mse(clean_of(state, other), clean_of(state, teacher)).mean().backward()
     torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_the_midrange_weight_is_a_bell_around_one_half() -> None:
+    weight = noise_weight(torch.tensor([0.5, 0.35, 0.65, 0.2]), "midrange")
+    assert weight.tolist() == pytest.approx([1.0, math.exp(-0.5), math.exp(-0.5), math.exp(-2.0)])
+
+
+def test_the_uniform_weight_of_noise_levels_is_one() -> None:
+    assert noise_weight(torch.tensor([0.0, 0.5, 1.0]), "uniform").tolist() == [1.0, 1.0, 1.0]

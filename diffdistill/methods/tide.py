@@ -1,0 +1,301 @@
+"""TIDE: distilling a diffusion language model from another architecture (arXiv:2604.26951).
+
+The student sees a text with some of it hidden. The teacher, which may have another tokenizer, sees
+the same places hidden; or, with CompDemo, each half of them in turn while it is shown the other.
+They are compared on the chunks of text that both spell: on the likelihood of each chunk, or, where
+they share a vocabulary, on the prediction of each token. The denoising loss is always added.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffdistill.chunks import (
+    chunk_sums,
+    first_tokens,
+    num_chunks,
+    select_whole,
+    sizes,
+    token_logprobs,
+    tokens_of,
+    touched,
+)
+from diffdistill.divergences import (
+    calm,
+    chunk_clamped,
+    chunk_probability,
+    forward_kl,
+    masked_mean,
+    reverse_binary_kl,
+    reverse_calm,
+    reverse_kl,
+    tidal_logits,
+    tidal_probability,
+)
+from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.method import Method
+from diffdistill.protocols import Model
+from diffdistill.schedules import TidalGrowth, tidal_rate
+from diffdistill.texts import Text, TextFamily
+from diffdistill.types import Batch, Loss, Progress
+from diffdistill.views import complementary, merged
+from diffdistill.weights import NoiseWeight, noise_weight
+
+ChunkLoss = Literal["calm", "reverse-calm", "reverse-binary-kl"]
+TokenLoss = Literal["forward-kl", "reverse-kl"]
+Tidal = Literal["none", "both", "training", "noise"]
+
+CHUNK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "calm": calm,
+    "reverse-calm": reverse_calm,
+    "reverse-binary-kl": reverse_binary_kl,
+}
+TOKEN_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward-kl": forward_kl,
+    "reverse-kl": reverse_kl,
+}
+
+
+class Preset(NamedTuple):
+    """What a variant of the paper sets where no option is given."""
+
+    divergence: ChunkLoss | TokenLoss
+    tidal: Tidal
+    exposure: float
+    weight: NoiseWeight
+
+
+PRESETS = {
+    "cross": Preset("reverse-calm", "none", 0.0, "uniform"),
+    "shared": Preset("forward-kl", "both", 0.5, "midrange"),
+    "calm-tidal": Preset("calm", "both", 0.5, "uniform"),
+}
+
+
+class Hidden(NamedTuple):
+    """What is hidden from the student, and where it is compared with the teacher.
+
+    Attributes:
+        mask: bool ``[B, L]``: the student's hidden tokens, whole chunks.
+        active: bool ``[B, N]``: the chunks compared; hidden on both sides.
+        t: The noise level ``[B]``.
+    """
+
+    mask: Tensor
+    active: Tensor
+    t: Tensor
+
+
+@dataclass(kw_only=True)
+class Tide(Method):
+    """Denoise, and match a teacher of another architecture on what is hidden.
+
+    Options say where their values come from: the paper, its code, or neither (unconfirmed).
+    ``divergence``, ``tidal``, ``exposure`` and ``weight`` follow the variant where they are null:
+    set them for the ablations. Plain distillation is ``shared`` with tidal none and exposure 0,
+    forward CALM is ``cross`` with divergence calm.
+
+    Attributes:
+        family: The family of text models.
+        draws: The random numbers of the run.
+        student: The model to train.
+        teacher: The frozen model; it reads its own tokens.
+        variant: ``cross`` is TIDE-Cross: Reverse CALM on chunks, any two tokenizers. ``shared`` is
+            TIDE-Shared: TIDAL and CompDemo over forward KL, for one vocabulary. ``calm-tidal`` is
+            TIDE-Shared for two tokenizers: TIDAL and CompDemo over forward CALM. (Paper.)
+        divergence: On chunks ``calm``, ``reverse-calm`` (as published: linear in the student's
+            probability) or ``reverse-binary-kl`` (the divergence that the paper says it is; ours);
+            on tokens ``forward-kl`` or ``reverse-kl`` (paper).
+        tidal: Axes along which the target moves from student to teacher: ``both``, ``training``
+            or ``noise`` alone (the paper's ablations), or ``none``: the target is the teacher. The
+            paper advises against it with reverse-calm.
+        exposure: CompDemo's rho, the share of the hidden chunks that the teacher's first pass is
+            shown; 0.5 in the paper. 0 or 1 is one pass that is shown none.
+        passes: ``two`` calls of the teacher, one after the other (code), or one call on a
+            ``doubled`` batch (ours; the same numbers, more memory).
+        weight: Factor of the distillation error by noise level: ``midrange`` for tokens (paper),
+            ``uniform`` for chunks (code).
+        temperature: Of token predictions, 2 in the paper; of chunk likelihoods, unconfirmed: the
+            paper gives none, its code 2, its launch script 5, ALM's own code 100.
+        distillation_weight: Weight of the distillation term; 1 in the code, the paper gives none.
+        rate_start: TIDAL's rate at the start of training (paper).
+        rate_end: TIDAL's rate at the end, and that of ``noise`` throughout (paper).
+        rate_growth: How the rate rises in between: ``cosine`` (paper) or ``linear`` (code).
+        t_low: Smallest noise level (code). One level for each sequence, uniform from here to 1.
+        shared_vocabulary: With variant ``shared``, how many ids from 0 on are the same token on
+            both sides: 151646 for Qwen3 and WeDLM (code). Null takes the smaller vocabulary.
+    """
+
+    roles: ClassVar = {"student": {"weights": "trained"}, "teacher": {"weights": "frozen"}}
+
+    family: TextFamily
+    draws: Draws
+    student: Model
+    teacher: Model
+    variant: Literal["cross", "shared", "calm-tidal"] = "cross"
+    divergence: ChunkLoss | TokenLoss | None = None
+    tidal: Tidal | None = None
+    exposure: float | None = None
+    passes: Literal["two", "doubled"] = "two"
+    weight: NoiseWeight | None = None
+    temperature: float = 2.0
+    distillation_weight: float = 1.0
+    rate_start: float = 0.1
+    rate_end: float = 0.9
+    rate_growth: TidalGrowth = "cosine"
+    t_low: float = 1e-3
+    shared_vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in what the variant sets, and check that the divergence suits it."""
+        given = {name: getattr(self, name) for name in Preset._fields}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        self._chosen = PRESETS[self.variant]._replace(**chosen)
+        known = TOKEN_LOSSES if self.variant == "shared" else CHUNK_LOSSES
+        if self._chosen.divergence not in known:
+            raise ValueError(
+                f"variant {self.variant} has no divergence {self._chosen.divergence}; "
+                f"it has {', '.join(known)}"
+            )
+        for name, fine, bounds in (
+            ("exposure", 0 <= self._chosen.exposure <= 1, "in [0, 1]"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("t_low", 0 < self.t_low < 1, "in (0, 1)"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
+        """Yield one loss: denoising, and distillation on the hidden chunks.
+
+        Denoising is a mean over all maskable tokens; distillation over the active chunks of the
+        micro-batch at hand, as in the published code, and counts as many tokens.
+        """
+        text = self.family.text(batch)
+        answer = self.family.text(batch, reader="teacher")
+        hidden = self._hide(batch, text, answer)
+        state = self.family.noised(batch, hidden.t, hidden.mask)
+        logits = self.student(state, self.family.condition(batch))
+        logprobs = token_logprobs(logits, text.tokens, hidden.mask)  # [B, L]
+        denoising = masked_mean(-logprobs, text.maskable, weight=1.0 / hidden.t[:, None])
+        ours = self._read(logits, logprobs, text, hidden.active)
+        theirs = self._judge(batch, answer, hidden)
+        rows = hidden.active.nonzero()[:, 0]  # the sample of each active chunk
+        error = self._error(ours, theirs, hidden.t[rows], progress)  # [K]
+        distillation = masked_mean(
+            error,
+            torch.ones_like(error, dtype=torch.bool),
+            noise_weight(hidden.t, self._chosen.weight)[rows],
+        )
+        count = int(text.maskable.sum())
+        metrics = {
+            "denoising": denoising.detach(),
+            "distillation": distillation.detach(),
+            "noise_level": hidden.t.mean(),
+            "mask_rate": hidden.mask.sum() / max(count, 1),
+            "active_chunks": hidden.active.sum() / len(hidden.t),
+        }
+        if self.variant != "shared":
+            clamped = chunk_clamped(ours, self.temperature)
+            metrics["clamp_share"] = clamped.sum() / max(len(clamped), 1)
+        value = denoising + self.distillation_weight * distillation
+        yield Loss("student", value, max(count, 1), metrics=metrics)
+
+    def _hide(self, batch: Batch, text: Text, answer: Text) -> Hidden:
+        """Return what is hidden: tokens at random, and all of each chunk they are in."""
+        ids, count = batch["ids"], num_chunks(text.chunks, answer.chunks)
+        usable = select_whole(text.maskable, text.chunks, count)
+        usable &= select_whole(answer.maskable, answer.chunks, count)
+        if self.variant == "shared":
+            single = [sizes(side.chunks, count) == 1 for side in (text, answer)]
+            usable &= single[0] & single[1]
+            self._check_shared(text, answer, usable)
+        t = self.t_low + (1.0 - self.t_low) * self.draws.uniform("time", ids)
+        mask = text.maskable & (self._uniform("mask", ids, text.tokens.shape[1]) < t[:, None])
+        active = touched(mask, text.chunks, count) & usable
+        return Hidden(mask | tokens_of(active, text.chunks), active, t)
+
+    def _judge(self, batch: Batch, answer: Text, hidden: Hidden) -> Tensor:
+        """Return what the teacher makes of each active chunk, as ``_read`` does."""
+        active, exposure = hidden.active, self._chosen.exposure
+        with torch.no_grad():
+            if exposure in {0.0, 1.0}:
+                return self._pass(batch, answer, hidden, [active])[0]
+            uniform = self._uniform("reveal", batch["ids"], active.shape[1])
+            halves = complementary(active, uniform, exposure)
+            if self.passes == "doubled":
+                first, second = self._pass(batch, answer, hidden, halves)
+            else:
+                first, second = (self._pass(batch, answer, hidden, [half])[0] for half in halves)
+            return merged(first, second, halves[1][active])
+
+    def _pass(
+        self, batch: Batch, answer: Text, hidden: Hidden, parts: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the teacher's reading of all active chunks while it is shown all but a part."""
+        masks = [tokens_of(part, answer.chunks) for part in parts]
+        t = hidden.t.repeat(len(parts))
+        state = self.family.noised(batch, t, torch.cat(masks), reader="teacher")
+        condition = self.family.condition(batch, reader="teacher", copies=len(parts))
+        readings = []
+        for logits, mask in zip(
+            self.teacher(state, condition).chunk(len(parts)), masks, strict=True
+        ):
+            logprobs = token_logprobs(logits, answer.tokens, mask)
+            readings.append(self._read(logits, logprobs, answer, hidden.active))
+        return readings
+
+    def _read(self, logits: Tensor, logprobs: Tensor, text: Text, active: Tensor) -> Tensor:
+        """Return the log-likelihood ``[K]`` of each active chunk, or its token's logits."""
+        count = active.shape[1]
+        if self.variant != "shared":
+            return chunk_sums(logprobs, text.chunks, count)[active]
+        rows = active.nonzero()[:, 0]
+        return logits[rows, first_tokens(text.chunks, count)[active]]  # [K, V]
+
+    def _error(self, ours: Tensor, theirs: Tensor, t: Tensor, progress: Progress) -> Tensor:
+        """Return the map ``[K]`` of how far the student is from its target."""
+        rate = None
+        if self._chosen.tidal != "none":
+            rate = tidal_rate(
+                progress.fraction,
+                t,
+                start=self.rate_start,
+                end=self.rate_end,
+                axes=self._chosen.tidal,
+                growth=self.rate_growth,
+            )
+        if self.variant == "shared":
+            size = self.shared_vocabulary or min(ours.shape[-1], theirs.shape[-1])
+            ours, theirs = ours[:, :size], theirs[:, :size]
+            target = theirs if rate is None else tidal_logits(ours, theirs, rate[:, None])
+            return TOKEN_LOSSES[self._chosen.divergence](ours, target, self.temperature)
+        ours, theirs = (chunk_probability(x, self.temperature) for x in (ours, theirs))
+        target = theirs if rate is None else tidal_probability(ours, theirs, rate)
+        return CHUNK_LOSSES[self._chosen.divergence](ours, target)
+
+    def _check_shared(self, text: Text, answer: Text, usable: Tensor) -> None:
+        """Refuse pairs of tokens with two ids."""
+        count = usable.shape[1]
+        ours, theirs = (
+            side.tokens.gather(1, first_tokens(side.chunks, count))[usable]
+            for side in (text, answer)
+        )
+        if (differing := (ours != theirs).nonzero()).numel():
+            first = int(differing[0])
+            raise UserError(
+                f"variant shared needs one vocabulary: the student's token {int(ours[first])} is "
+                f"the teacher's {int(theirs[first])}; use variant cross or calm-tidal"
+            )
+
+    def _uniform(self, purpose: str, ids: Tensor, size: int) -> Tensor:
+        """Return numbers ``[B, size]`` in [0, 1); a longer row begins with the shorter one's."""
+        rows = [
+            torch.rand(size, generator=self.draws.generator(purpose, number))
+            for number in ids.tolist()
+        ]
+        return torch.stack(rows).to(ids.device)

@@ -1,0 +1,60 @@
+"""Texts as token ids, and what a method may ask of a family of text models."""
+
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from diffdistill.types import Batch, Condition, State
+
+Reader: TypeAlias = Literal["student", "teacher"]
+"""Whose tokenizer and chat template a text went through."""
+
+
+class Text(NamedTuple):
+    """A batch of texts as one reader has them.
+
+    Attributes:
+        tokens: Token ids ``[B, L]``.
+        maskable: bool ``[B, L]``: may be hidden, and counts; never a prompt or padding.
+        chunks: int64 ``[B, L]``: the chunk of each token, -1 where it has none. Student and
+            teacher count the same chunks of a row, from 0 (see ``alignment.align``).
+    """
+
+    tokens: Tensor
+    maskable: Tensor
+    chunks: Tensor
+
+
+class TextFamily(Protocol):
+    """A family of masked-diffusion models, with a student and a teacher that read texts.
+
+    The two may have tokenizers, chat templates, mask tokens and lengths of their own.
+    """
+
+    def text(self, batch: Batch, *, reader: Reader = "student") -> Text:
+        """Return the texts of ``batch`` as the reader has them."""
+        ...
+
+    def noised(self, batch: Batch, t: Tensor, mask: Tensor, *, reader: Reader = "student") -> State:
+        """Return the state whose tokens are hidden at ``mask``, behind the reader's mask token.
+
+        Args:
+            batch: The collated batch, or the same batch several times over: ``mask`` may have
+                a multiple of its rows.
+            t: The noise level ``[B]``.
+            mask: bool ``[B, L]``: the tokens to hide; ``mask`` of the state.
+            reader: Whose tokens.
+        """
+        ...
+
+    def condition(self, batch: Batch, *, reader: Reader = "student", copies: int = 1) -> Condition:
+        """Return what the reader's model is told besides the state.
+
+        For a block-diffusion model that holds the clean text, of which a block sees the past.
+
+        Args:
+            batch: The collated batch.
+            reader: Whose model.
+            copies: How many times over, one after the other, the batch is to be read at once.
+        """
+        ...
