@@ -6,6 +6,7 @@ import torch
 
 from diffdistill.clips import clip_suffix
 from diffdistill.data.cache import EncodedDataset
+from diffdistill.grids import save_grid
 from diffdistill.sampling import (
     NUM_ROLLOUTS,
     at_once,
@@ -15,7 +16,6 @@ from diffdistill.sampling import (
     generate,
     makes_videos,
     rollout_figure,
-    save_grid,
 )
 from diffdistill.session import Session
 from diffdistill.types import Batch, Example

@@ -5,14 +5,14 @@ predict a token at the place before it, as the causal LM they were made from; ``
 logits to the token's own place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.draws import Draws
+from diffdistill.pipelines.answers import AnswerSampler, Asked, BlockEvent, given_tokens
 from diffdistill.pipelines.block_diffusion import (
     attention_of,
     dense_attention,
@@ -21,8 +21,6 @@ from diffdistill.pipelines.block_diffusion import (
     positions_of,
     project,
 )
-from diffdistill.pipelines.block_sampling import BlockEvent, given_tokens, is_one_of, up_to_end
-from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.projection import Projection, dense
 from diffdistill.readouts import guided
 
@@ -55,130 +53,48 @@ def shifted_right(values: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class MaskedSampler:
-    """Samples from a masked-diffusion LM.
+class MaskedSampler(AnswerSampler):
+    """Samples from a masked-diffusion LM, whose network was trained to see in both directions.
+
+    Given tokens of the canvas are seen from all blocks.
 
     Attributes:
-        network: A causal LM of transformers that was trained to see in both directions.
-        mask_id: Id of the mask token.
-        pad_id: Fills prompts on the left; nobody sees it.
-        eos_ids: An answer ends at the first of these; a row ends after a block with one.
-        max_tokens: Tokens of an answer.
         block: Settle the answer block after block, while it is seen as a whole (LLaDA's
             ``block_length``); None settles all of it at once.
-        unmasking: How the tokens of a block settle; its ``num_steps`` are those of one block.
-        guidance: Classifier-free guidance in the standard form, 1 = none. LLaDA's ``cfg_scale``
-            is one less.
         shift: Whether the network predicts token i at place i - 1 (Dream).
     """
 
-    network: nn.Module
-    mask_id: int
-    pad_id: int
-    eos_ids: Sequence[int] = ()
-    max_tokens: int = 128
     block: int | None = None
-    unmasking: Unmasking = field(default_factory=Unmasking)
-    guidance: float = 1.0
     shift: bool = False
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        draws: Draws,
-        ids: Tensor,
-        *,
-        negatives: Sequence[Sequence[int]] | None = None,
-        canvas: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Return the answer of each prompt, up to and including its end token; see ``stream``."""
-        answers: list[list[Tensor]] = [[] for _ in prompts]
-        for event in self.stream(prompts, draws, ids, negatives=negatives, canvas=canvas):
-            for row, tokens in zip(event.rows.tolist(), event.tokens, strict=True):
-                answers[row].append(tokens)
-        return [
-            up_to_end(
-                torch.cat(parts),
-                None if canvas is None else canvas[row],
-                self.eos_ids,
-                self.mask_id,
-            )
-            for row, parts in enumerate(answers)
-        ]
-
-    @torch.no_grad()
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        draws: Draws,
-        ids: Tensor,
-        *,
-        negatives: Sequence[Sequence[int]] | None = None,
-        canvas: Tensor | None = None,
-        every_step: bool = False,
-    ) -> Iterator[BlockEvent]:
-        """Yield each block as it is done; with ``every_step``, each denoising step before.
-
-        Arguments as in ``BlockSampler.stream``. Given tokens of the canvas are seen from all
-        blocks.
-        """
-        if canvas is None:
-            canvas = torch.full((len(prompts), self.max_tokens), self.mask_id, device=ids.device)
+    def _stream(self, asked: Asked) -> Iterator[BlockEvent]:
         with dense_attention(self.network):
-            yield from self._stream(prompts, draws, ids, negatives, canvas, every_step)
+            yield from self._blocks(asked)
 
-    def _stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        draws: Draws,
-        ids: Tensor,
-        negatives: Sequence[Sequence[int]] | None,
-        canvas: Tensor,
-        every_step: bool,
-    ) -> Iterator[BlockEvent]:
-        answers = canvas.to(ids.device, copy=True)
+    def _blocks(self, asked: Asked) -> Iterator[BlockEvent]:
+        answers = asked.canvas.clone()
         given = given_tokens(answers, self.mask_id)
-        known, pads = self._prompts(prompts, negatives, ids.device)
-        rows = torch.arange(len(prompts), device=ids.device)
+        known, pads = self._prompts(asked)
+        rows = torch.arange(len(asked.prompts), device=asked.ids.device)
         size = self.block or answers.shape[1]
         for number, start in enumerate(range(0, answers.shape[1], size)):
             window = slice(start, start + size)
-            tokens = answers[rows, window]
             masked = ~given[rows, window]
-            steps = self.unmasking.settle(
-                self._predict(known[:, rows], pads[:, rows], answers[rows], window),
-                tokens,
-                masked,
-                draws,
-                ids[rows],
-                purpose=f"block/{number}",
-                banned=[self.mask_id],
+            predict = self._predict(known[:, rows], pads[:, rows], answers[rows], window)
+            tokens = yield from self._settled(
+                asked, number, rows, answers[rows, window], masked, predict
             )
-            for step in steps:
-                tokens = step.tokens
-                if every_step:
-                    yield BlockEvent(number, rows, tokens, step)
             answers[rows, window] = tokens
-            yield BlockEvent(number, rows, tokens)
-            ended = (is_one_of(tokens, self.eos_ids) & masked).any(1)
-            rows = rows[~ended | given[rows, window.stop :].any(1)]
+            rows = rows[~self._ended(tokens, masked) | given[rows, window.stop :].any(1)]
             if len(rows) == 0:
                 return
 
-    def _prompts(
-        self,
-        prompts: Sequence[Sequence[int]],
-        negatives: Sequence[Sequence[int]] | None,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor]:
+    def _prompts(self, asked: Asked) -> tuple[Tensor, Tensor]:
         """Return prompts ``[sides, B, P]`` and pads ``[sides, B]``; one side without guidance."""
-        sides = [list(map(list, prompts))]
-        if self.guidance != 1.0:
-            masked = [[self.mask_id] * len(prompt) for prompt in prompts]
-            sides.append(masked if negatives is None else list(map(list, negatives)))
+        sides = self._sides(asked)
         flat = [prompt for side in sides for prompt in side]
-        tokens, pads = lay_out_prompts(flat, block=1, pad_id=self.pad_id, device=device)
-        shape = (len(sides), len(prompts))
+        tokens, pads = lay_out_prompts(flat, block=1, pad_id=self.pad_id, device=asked.ids.device)
+        shape = (len(sides), len(asked.prompts))
         return tokens.unflatten(0, shape), pads.unflatten(0, shape)
 
     def _predict(

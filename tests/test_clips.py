@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.clips import ClipWriter, clip_suffix, save_clip, still, to_image, write_clip
 from diffdistill.errors import UserError
-from diffdistill.sampling import draw_grid, save_grid
+from diffdistill.grids import draw_grid, save_grid
 
 
 def ramp(num_frames: int, height: int = 16, width: int = 16) -> Tensor:

@@ -14,9 +14,9 @@ import yaml
 from diffdistill.commands.report import report
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import Row
+from diffdistill.grids import save_grid
 from diffdistill.report.build import build_report, evaluations, loss_curves, read_run
 from diffdistill.report.figures import Curve, loss_figure
-from diffdistill.sampling import save_grid
 from tests.toy_run import toy_config
 
 EVIL = "<script>alert('x')</script> & \"quotes\" $x$"

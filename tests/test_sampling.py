@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from diffdistill.config import parse_config
 from diffdistill.draws import Draws
+from diffdistill.grids import draw_grid, save_grid
 from diffdistill.sampling import (
     Encoded,
     base_role,
-    draw_grid,
     encode_examples,
     generate,
     inference,
     prompt_batch,
     rollout_figure,
-    save_grid,
 )
 from diffdistill.session import Session, build
 from diffdistill.types import Condition, Example, State

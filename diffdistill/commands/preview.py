@@ -15,8 +15,9 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.digits import DigitJudge
 from diffdistill.evaluation.few_step import EvaluateSettings, parse_settings
 from diffdistill.evaluation.groups import chosen_examples, digit_labels
+from diffdistill.grids import save_grid
 from diffdistill.roles import Role
-from diffdistill.sampling import inference, save_grid
+from diffdistill.sampling import inference
 from diffdistill.session import Session
 from diffdistill.types import Batch, Example
 

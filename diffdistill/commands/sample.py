@@ -13,6 +13,7 @@ from diffdistill.commands.sessions import models, open_session
 from diffdistill.data.dataset import open_dataset
 from diffdistill.errors import UserError
 from diffdistill.evaluation.groups import chosen_examples, commonest_size
+from diffdistill.grids import save_grid, save_image
 from diffdistill.sampling import (
     Encoded,
     at_once,
@@ -20,8 +21,6 @@ from diffdistill.sampling import (
     encode_examples,
     encode_prompts,
     generate,
-    save_grid,
-    save_image,
 )
 from diffdistill.session import Session
 

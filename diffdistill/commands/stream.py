@@ -9,7 +9,8 @@ from diffdistill.clips import ClipWriter, clip_suffix, to_image
 from diffdistill.commands.sample import default_output, encoded_prompts
 from diffdistill.commands.sessions import models, open_session
 from diffdistill.errors import UserError
-from diffdistill.sampling import clip_frames, encode_prompts, inference, resized
+from diffdistill.grids import resized
+from diffdistill.sampling import clip_frames, encode_prompts, inference
 from diffdistill.streams import (
     Timing,
     check_length,

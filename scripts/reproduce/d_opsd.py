@@ -32,9 +32,10 @@ from diffdistill.draws import Draws
 from diffdistill.evaluation.digits import DigitJudge
 from diffdistill.evaluation.few_step import few_step, parse_settings
 from diffdistill.evaluation.groups import make_groups
+from diffdistill.grids import save_grid
 from diffdistill.protocols import Model
 from diffdistill.readouts import clean_of
-from diffdistill.sampling import base_role, generate, inference, save_grid
+from diffdistill.sampling import base_role, generate, inference
 from diffdistill.session import Session, build
 
 ROOT = Path(__file__).parents[2]

@@ -24,8 +24,9 @@ from diffdistill.commands.train import train
 from diffdistill.config import load_config
 from diffdistill.evaluation.few_step import few_step, parse_settings
 from diffdistill.evaluation.groups import make_groups
+from diffdistill.grids import save_grid
 from diffdistill.protocols import Model
-from diffdistill.sampling import base_role, generate, save_grid
+from diffdistill.sampling import base_role, generate
 from diffdistill.session import Session, build
 
 ROOT = Path(__file__).parents[2]

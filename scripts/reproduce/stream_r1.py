@@ -29,8 +29,9 @@ from diffdistill.commands.train import train
 from diffdistill.config import load_config
 from diffdistill.evaluation.few_step import parse_settings
 from diffdistill.evaluation.video import Sampling, make_scene, video
+from diffdistill.grids import save_grid
 from diffdistill.roles import Role
-from diffdistill.sampling import encode_prompts, generate, save_grid, with_frames
+from diffdistill.sampling import encode_prompts, generate, with_frames
 from diffdistill.session import Session, build
 
 ROOT = Path(__file__).parents[2]
