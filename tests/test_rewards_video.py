@@ -12,7 +12,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VL
 
 from diffdistill.errors import UserError
 from diffdistill.rewards import video_reward
-from diffdistill.rewards.video_reward import VideoReward, packed, read_template, unpacked
+from diffdistill.rewards.video_reward import VideoReward, packed, unpacked
+from diffdistill.rewards.video_reward_checkpoint import read_template
 from tests import tiny
 from tests.conftest import CPU, randn
 from tests.test_rewards import assert_frozen, assert_gradient_is_the_slope, videos
