@@ -76,8 +76,8 @@ FAULTS = [
     Fault(
         "teacher not detached in the divergence",
         "diffdistill/divergences.py",
-        "teacher.detach().float()",
-        "teacher.float()",
+        "(student.float() - teacher.detach().float()).square()",
+        "(student.float() - teacher.float()).square()",
     ),
     Fault(
         "weight in the denominator",

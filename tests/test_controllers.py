@@ -48,3 +48,11 @@ def test_the_history_survives_a_checkpoint() -> None:
     for each in (balance, other):
         each.observe({"visual": 1.0, "motion": 9.0, "text": 0.0})
     assert other.penalty() == balance.penalty()
+
+
+def test_improvement_is_that_of_the_newer_half() -> None:
+    balance = AxisBalance(("visual", "motion"), strength=1.0, window=4, warmup=4)
+    for value in (0.0, 5.0, 1.0, 2.0):
+        balance.observe({"visual": value, "motion": 0.0})
+    gains = [(1.0 + 2.0) / 2 - (0.0 + 5.0) / 2, 0.0]
+    assert balance.penalty() == pytest.approx(statistics.stdev(gains))

@@ -12,10 +12,12 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.self_forcing import SelfForcing
+from diffdistill.pipelines.streaming import cached_frames, next_block
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.readouts import clean_of
 from diffdistill.types import Condition, Loss, Progress, State
-from tests.conftest import START, Spy, clear, rows_of
+from tests import tiny
+from tests.conftest import START, Spy, clear, randn, rows_of
 from tests.tiny_streams import CLIP, Exact, make_family, stream_batch
 
 CRITIC_TURN = Progress(1, 100)
@@ -412,12 +414,42 @@ def test_a_prompt_switch_recaches_what_is_visible(
     assert not torch.allclose(switched[3], run(9, second)[3], atol=1e-4)
 
 
+def test_after_a_prompt_switch_the_past_is_what_the_new_prompt_makes_of_it(
+    family: WanStreaming, players: dict[str, Exact]
+) -> None:
+    first, second = (family.condition(stream_batch(1, first_id=i)) for i in (0, 7))
+    noise = stream_batch(1)["latents"].split(2, dim=2)
+    student = players["student"]
+    stream = family.stream(
+        student, lambda block: second if block else first, lambda block: noise[block],
+        num_steps=1, renoise=None,
+    )  # fmt: skip
+    before, after = next(stream), next(stream)
+    view = next_block(family.cache(), 2, keep=True)
+    with torch.no_grad():
+        student(State(before, torch.zeros(1)), {**second, "view": view})
+        cache = family.cache().extended(cached_frames(view))
+        state = State(noise[1], torch.ones(1))
+        expected = clean_of(state, student(state, {**second, "view": next_block(cache, 2)}))
+    torch.testing.assert_close(after, expected)
+
+
 def test_pixels_of_a_stream_are_those_of_the_whole(family: WanStreaming) -> None:
     latents = stream_batch(1)["latents"]
     whole = family.decode(latents)
     parts = list(family.watch(iter(latents.split(2, dim=2))))
     assert [part.shape[1] for part in parts] == [5, 8, 8]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_of_a_stream_of_a_residual_decoder_are_those_of_the_whole(tmp_path: Path) -> None:
+    tiny.save_wan(tmp_path / "wan22", like="2.2")
+    family = make_family(tmp_path / "wan22")
+    latents = randn(1, 48, CLIP, 2, 2, seed=0)
+    parts = list(family.watch(iter(latents.split(2, dim=2))))
+    torch.testing.assert_close(
+        torch.cat(parts, dim=1), family.decode(latents), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_two_streams_may_be_watched_at_once(family: WanStreaming) -> None:

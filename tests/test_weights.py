@@ -6,7 +6,7 @@ import torch
 from diffdistill.divergences import masked_mean, mse
 from diffdistill.readouts import clean_of, per_sample
 from diffdistill.types import State
-from diffdistill.weights import noise_weight, velocity_weight
+from diffdistill.weights import noise_weight, reliability, velocity_weight, weaker_axes
 from tests.conftest import randn
 
 
@@ -45,3 +45,15 @@ def test_the_midrange_weight_is_a_bell_around_one_half() -> None:
 
 def test_the_uniform_weight_of_noise_levels_is_one() -> None:
     assert noise_weight(torch.tensor([0.0, 0.5, 1.0]), "uniform").tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_axis_with_a_lower_score_gets_the_larger_share() -> None:
+    scores = torch.tensor([[0.0, math.log(3.0)], [1.0, 1.0]])
+    torch.testing.assert_close(weaker_axes(scores, 1.0), torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
+    sharper = weaker_axes(scores, 0.5)[0]
+    torch.testing.assert_close(sharper, torch.tensor([0.9, 0.1]))
+
+
+def test_reliability_grows_with_the_score() -> None:
+    scores = torch.tensor([0.0, 0.5 * math.log(2.0)])
+    torch.testing.assert_close(reliability(scores, 2.0), torch.tensor([1.0, 2.0]))
