@@ -27,7 +27,9 @@ METHODS = {
 }
 
 FAMILIES = {
+    "bd3lm": "diffdistill.pipelines.bd3lm:BD3LM",
     "flux2-klein": "diffdistill.pipelines.flux2_klein:Flux2Klein",
+    "mdlm": "diffdistill.pipelines.mdlm:MDLM",
     "toy": "diffdistill.pipelines.toy:Toy",
     "wan": "diffdistill.pipelines.wan:Wan",
     "wan-streaming": "diffdistill.pipelines.wan_streaming:WanStreaming",
