@@ -44,12 +44,14 @@ def denoise_all(
     dtype: Any = network.dtype
     mask = full_mask(pads, length, attention=attention, dtype=dtype)
     found = project(network, noised, mask, positions_of(pads, 0, length))
-    return found._replace(hidden=shifted_right(found.hidden)) if shift else found
+    return found._replace(hidden=shifted_right(found.hidden, pads)) if shift else found
 
 
-def shifted_right(values: Tensor) -> Tensor:
-    """Return values ``[B, L, ...]`` one place later; the first stays as well."""
-    return torch.cat([values[:, :1], values[:, :-1]], dim=1)
+def shifted_right(values: Tensor, pads: Tensor) -> Tensor:
+    """Return values ``[B, L, H]`` one place later; the first after ``pads`` ``[B]`` stays too."""
+    later = torch.cat([values[:, :1], values[:, :-1]], dim=1)
+    first = torch.arange(values.shape[1], device=pads.device) == pads[:, None]
+    return torch.where(first[..., None], values, later)
 
 
 @dataclass(kw_only=True)
