@@ -187,7 +187,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         UserError: If it is missing or broken.
     """
     with explained(f"load the tokenizer in {folder}"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # made up where there are no files
+            raise ValueError("it has no vocabulary")
+        return tokenizer
 
 
 def _check_complete(missing: Sequence[str], where: Path | str) -> None:

@@ -263,7 +263,7 @@ def test_the_samplers_settle_what_diffusers_llada2_pipeline_does(
             ).sequences  # fmt: skip
         [found] = own.sample([prompt], Draws(0), torch.tensor([0]))
         assert found.tolist() == expected[0].tolist()
-        assert len(set(found.tolist())) > 2
+        assert len(set(found.tolist())) > 1
 
 
 @pytest.mark.parametrize(
