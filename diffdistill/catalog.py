@@ -17,6 +17,7 @@ from typing import Any
 from diffdistill.errors import UserError
 
 METHODS = {
+    "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
     "dmd": "diffdistill.methods.dmd:DMD",
@@ -24,6 +25,7 @@ METHODS = {
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
+    "tide": "diffdistill.methods.tide:Tide",
 }
 
 FAMILIES = {

@@ -69,9 +69,6 @@ class LanguageFamily(ModelFamily):
     adapter_targets: ClassVar[tuple[str, ...]] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    pads_left: ClassVar[bool] = False
-    """On which side a row is filled up to the longest of its batch; ``pads`` of the condition
-    count what is on the left."""
 
     def __post_init__(self) -> None:
         """Check the lengths; start with nothing loaded.
@@ -93,7 +90,7 @@ class LanguageFamily(ModelFamily):
 
     @abstractmethod
     def call(self, network: nn.Module, state: State, condition: Condition) -> Projection:
-        """Return logits ``[B, L, V]`` for ``state.x``, from ``clean`` and ``pads`` at hand."""
+        """Return logits ``[B, L, V]`` about ``state.x``; ``condition`` is that of ``condition``."""
 
     def predict(self, network: nn.Module, state: State, condition: Condition) -> Projection:
         """Return what ``call`` does, with an impossible mask token (SUBS, section 3 of BD3LM)."""
@@ -101,14 +98,16 @@ class LanguageFamily(ModelFamily):
         assert isinstance(found, Projection)
         return found
 
-    def condition(self, clean: Tensor, pads: Tensor) -> Condition:
+    def condition(self, clean: Tensor, padding: Tensor) -> Condition:
         """Return what a network is told besides the state.
+
+        That is ``clean`` and ``padding``, and in ``pads`` ``[B]`` how much of it is on the left.
 
         Args:
             clean: The text without masks, ``[B, L]``.
-            pads: Tokens of padding on the left of each row, ``[B]``.
+            padding: bool ``[B, L]``: what is no text, on the left and on the right.
         """
-        return {"clean": clean, "pads": pads}
+        return {"clean": clean, "padding": padding, "pads": padding.long().cumprod(1).sum(1)}
 
     # the network
 

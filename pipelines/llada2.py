@@ -58,7 +58,6 @@ class LLaDA2(LanguageFamily):
     cache: bool = False
 
     adapter_targets: ClassVar = (*LanguageFamily.adapter_targets, "query_key_value", "dense")
-    pads_left: ClassVar = True
 
     def __post_init__(self) -> None:
         """Check the options; start with nothing loaded.
@@ -77,10 +76,10 @@ class LLaDA2(LanguageFamily):
 
     def call(self, network: nn.Module, state: State, condition: Condition) -> Projection:
         """Return logits ``[B, L, V]`` of the noised row."""
-        pads = condition["pads"]
         if self.convention == "tide":
-            return denoise_all(network, state.x, pads=pads)
-        return denoise(network, state.x, condition["clean"], block=self.block, pads=pads)
+            return denoise_all(network, state.x, padding=condition["padding"])
+        clean, pads = condition["clean"], condition["pads"]
+        return denoise(network, state.x, clean, block=self.block, pads=pads)
 
     def sampler(self, network: nn.Module, **options: Any) -> BlockSampler:
         """Return what samples answers, block by block; ``options`` are those of the sampler."""

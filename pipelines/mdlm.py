@@ -1,7 +1,6 @@
 """The family ``mdlm``: masked diffusion of whole rows, as of LLaDA and Dream."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -22,8 +21,6 @@ class MDLM(LanguageFamily):
 
     shift: bool = False
 
-    pads_left: ClassVar = True
-
     def call(self, network: nn.Module, state: State, condition: Condition) -> Projection:
         """Return logits ``[B, L, V]`` of the noised row."""
-        return denoise_all(network, state.x, pads=condition["pads"], shift=self.shift)
+        return denoise_all(network, state.x, padding=condition["padding"], shift=self.shift)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ from diffdistill.pipelines.chats import (
     chat_row,
     chat_rows,
     cut_pair,
+    joined,
+    pack,
+    pack_pairs,
+    split_pair,
     text_row,
     text_rows,
 )
@@ -104,9 +108,8 @@ class TextPair:
     def condition(self, batch: Batch, *, reader: Reader = "student", copies: int = 1) -> Condition:
         """Return what the reader's model is told besides the state."""
         key = self._key(reader)
-        pads = (batch[f"{key}/documents"] < 0).long().cumprod(dim=1).sum(dim=1)
-        clean = batch[f"{key}/tokens"]
-        return self._family(reader).condition(clean.repeat(copies, 1), pads.repeat(copies))
+        clean, padding = batch[f"{key}/tokens"], batch[f"{key}/documents"] < 0
+        return self._family(reader).condition(clean.repeat(copies, 1), padding.repeat(copies, 1))
 
     def _family(self, reader: Reader) -> LanguageFamily:
         return self.student if reader == "student" else self.teacher
@@ -126,7 +129,7 @@ class TextPair:
         Raises:
             UserError: If a text cannot be read or used.
         """
-        return [self._tensors(self.rows(example)) for example in examples]
+        return [self.tensors(self.rows(example)) for example in examples]
 
     def rows(self, example: Example) -> dict[Reader, Row]:
         """Return a text as each reader's tokens; laid out and cut, if it is not to be packed.
@@ -192,7 +195,35 @@ class TextPair:
                 )
         return cut
 
-    def _tensors(self, rows: Mapping[Reader, Row]) -> dict[str, Tensor]:
+    def packed(self, rows: Iterable[Mapping[Reader, Row]]) -> Iterator[dict[Reader, Row]]:
+        """Yield full rows of one text after the other, each followed by an end token.
+
+        With one reader a text goes on in the next row; with two, so that both have the same in a
+        row, it does where both have a boundary.
+        """
+        ended = ({r: self._ended(r, row) for r, row in texts.items()} for texts in rows)
+        if len(self.readers) == 1:
+            family = self.student
+            alone = (texts["student"] for texts in ended)
+            for row in pack(alone, family.max_length, pad=family.pad_id):
+                yield {"student": row}
+            return
+        limits = self.student.max_length, self.teacher.max_length
+        pads = self.student.pad_id, self.teacher.pad_id
+        pairs = ((texts["student"], texts["teacher"]) for texts in ended)
+        parts = (part for pair in pairs for part in split_pair(pair, limits))
+        for ours, theirs in pack_pairs(parts, limits, pads=pads):
+            yield {"student": ours, "teacher": theirs}
+
+    def _ended(self, reader: Reader, row: Row) -> Row:
+        """Return a row with an end token, if it has none and is not empty."""
+        family = self._family(reader)
+        if not row.tokens or row.tokens[-1] in family.tokenizer.all_special_ids:
+            return row
+        return joined(row, Row([family.eos_id], [True], [-1], row.documents[-1:]))
+
+    def tensors(self, rows: Mapping[Reader, Row]) -> dict[str, Tensor]:
+        """Return what ``collate`` takes: the columns of each reader's row."""
         return {
             f"{reader}/{name}": torch.tensor(
                 getattr(row, name), dtype=torch.bool if name == "maskable" else torch.int64
@@ -205,14 +236,12 @@ class TextPair:
         """Return a batch on the device, its rows filled up to the same whole blocks."""
         batch = {}
         for reader, family in self.readers.items():
-            side = "left" if family.pads_left else "right"
             for name, filler in (FILLERS | {"tokens": family.pad_id}).items():
                 rows = [item[f"{reader}/{name}"] for item in encoded]
-                together = pad_sequence(rows, True, float(filler), side)
+                together = pad_sequence(rows, batch_first=True, padding_value=float(filler))
                 blocks = max(math.ceil(together.shape[1] / family.multiple), 1)
                 more = blocks * family.multiple - together.shape[1]
-                ends = (more, 0) if family.pads_left else (0, more)
-                batch[f"{reader}/{name}"] = pad(together, ends, value=filler).to(self.device)
+                batch[f"{reader}/{name}"] = pad(together, (0, more), value=filler).to(self.device)
         return batch
 
     def release(self) -> None:

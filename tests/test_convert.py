@@ -56,11 +56,11 @@ def test_a_converted_model_loads_everywhere_and_computes_what_it_did(
     known = expected.shape[-1]
     torch.testing.assert_close(found[..., :known], expected, rtol=1e-5, atol=1e-5)
     family = catalog.load("family", to)(path=str(target), device=torch.device("cpu"))
-    told = family.condition(tokens, ZERO)
+    told = family.condition(tokens, torch.zeros_like(tokens, dtype=torch.bool))
     with torch.no_grad():
-        state = State(tokens, torch.ones(1))
-        if to == "mdlm":
-            assert dense(family.predict(family.network(), state, told)).shape[-1] > known
+        logits = dense(family.predict(family.network(), State(tokens, torch.ones(1)), told))
+    assert logits.shape == (1, 5, known + 1)
+    assert logits[..., :known].isfinite().all()
 
 
 def test_words_dtype_and_default_can_be_chosen(

@@ -117,7 +117,9 @@ def logits_of(family: LanguageFamily, network: nn.Module) -> Tensor:
     clean = torch.arange(20, 36).reshape(2, 8)
     noised = clean.clone()
     noised[:, [5, 7]] = family.mask_id
-    told = family.condition(clean, torch.tensor([0, 3]))
+    padding = torch.zeros_like(clean, dtype=torch.bool)
+    padding[1, :3] = True
+    told = family.condition(clean, padding)
     with torch.no_grad():
         return dense(family.predict(network, State(noised, torch.full((2,), 0.5)), told))
 

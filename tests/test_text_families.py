@@ -64,10 +64,14 @@ def row_of(family: LanguageFamily, *, pads: int = 0) -> tuple[Tensor, Tensor]:
     return torch.cat([fill, noised], 1), torch.cat([fill, clean], 1)
 
 
-def ask(family: LanguageFamily, network: nn.Module, noised: Tensor, clean: Tensor, pads: int = 0):
+def ask(
+    family: LanguageFamily, network: nn.Module, noised: Tensor, clean: Tensor, pads: int = 0
+) -> Tensor:
     """Return logits ``[B, L, V]``."""
     state = State(noised, torch.full((len(noised),), 0.5))
-    told = family.condition(clean, torch.full((len(noised),), pads))
+    padding = torch.zeros_like(clean, dtype=torch.bool)
+    padding[:, :pads] = True
+    told = family.condition(clean, padding)
     return dense(family.predict(network, state, told))
 
 
