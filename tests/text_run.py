@@ -4,6 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from diffdistill.pipelines.bd3lm import BD3LM
+from diffdistill.pipelines.mdlm import MDLM
+from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.types import Example
+from tests.conftest import CPU
 from tests.tiny_text import CODE, save_lm
 
 
@@ -58,3 +65,28 @@ def text_values(world: Path, method: str = "bd3lm", /, **sections: Any) -> dict[
     for name, given in sections.items():
         values[name] = values.get(name, {}) | given
     return values
+
+
+def make_pair(world: Path, *, cross: bool = True, **reading: Any) -> TextPair:
+    """Return the student's family, with the cross teacher's or alone."""
+    student = BD3LM(path=str(world / "student"), device=CPU, block=4, max_length=64)
+    teacher = MDLM(path=str(world / "moe"), device=CPU, block=4, max_length=96)
+    return TextPair(student, teacher if cross else student, Reading(**reading))
+
+
+def chat(answer: str, question: str = "write it", origin: str = "") -> Example:
+    """Return a chat of one turn."""
+    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Example("", messages=messages, origin=origin)
+
+
+def text_batch(pair: TextPair, count: int, first_id: int = 0) -> dict[str, Any]:
+    """Return a batch of chats and plain texts in turn."""
+    numbers = range(first_id, first_id + count)
+    texts = [CODE[number % len(CODE)] for number in numbers]
+    examples = [
+        chat(text) if number % 2 else Example("", text=text)
+        for number, text in zip(numbers, texts, strict=True)
+    ]
+    batch = pair.collate(pair.encode(examples))
+    return batch | {"ids": torch.tensor(numbers), "prompts": [""] * count}
