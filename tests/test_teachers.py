@@ -8,6 +8,7 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, dynamic_module_utils
 
+from diffdistill.config import parse_config
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.block_diffusion import causal_mask
@@ -19,7 +20,9 @@ from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.pipelines.wedlm import WeDLM
 from diffdistill.projection import dense
-from diffdistill.types import Example, State
+from diffdistill.session import build
+from diffdistill.types import Example, Progress, State
+from tests.text_run import save_world, text_batch, text_values
 from tests.tiny import edit_json
 from tests.tiny_text import MASK, PAD, SIZES, causal_lm, save_lm, words
 
@@ -112,13 +115,13 @@ def family_of(cls: Any, folder: Path, **options: Any) -> Any:
     return cls(path=str(folder), device=CPU, **(defaults | options))
 
 
-def logits_of(family: LanguageFamily, network: nn.Module) -> Tensor:
+def logits_of(family: LanguageFamily, network: nn.Module, *, pads: int = 3) -> Tensor:
     """Return the logits of two rows of two blocks, the second with padding before it."""
     clean = torch.arange(20, 36).reshape(2, 8)
     noised = clean.clone()
     noised[:, [5, 7]] = family.mask_id
     padding = torch.zeros_like(clean, dtype=torch.bool)
-    padding[1, :3] = True
+    padding[1, :pads] = True
     told = family.condition(clean, padding)
     with torch.no_grad():
         return dense(family.predict(network, State(noised, torch.full((2,), 0.5)), told))
@@ -178,10 +181,11 @@ def test_what_the_code_itself_refuses_is_not_hidden(tmp_path: Path) -> None:
     assert network(tokens, full, torch.arange(4)[None]).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("pads", [0, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("convention", ["tide", "native"])
 def test_llada2_is_given_additive_masks_of_every_row_without_infinities(
-    convention: str, dtype: str, tmp_path: Path
+    convention: str, dtype: str, pads: int, tmp_path: Path
 ) -> None:
     family = family_of(
         LLaDA2, save_lm(tmp_path, name="qwen3-moe"), convention=convention, dtype=dtype
@@ -191,7 +195,7 @@ def test_llada2_is_given_additive_masks_of_every_row_without_infinities(
     network.base_model.layers[0].register_forward_pre_hook(
         lambda _module, _args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    assert not logits_of(family, network).isnan().any()
+    assert not logits_of(family, network, pads=pads).isnan().any()
     [mask] = masks
     copies = 1 if convention == "tide" else 2
     assert mask.shape == (2, 1, 8 * copies, 8 * copies)
@@ -201,8 +205,8 @@ def test_llada2_is_given_additive_masks_of_every_row_without_infinities(
     if convention == "tide":
         allowed = mask[:, 0] == 0
         assert allowed[0].all()
-        assert allowed[1, :, 3:].all()
-        assert torch.equal(allowed[1, :, :3], torch.eye(8, dtype=torch.bool)[:, :3])
+        assert allowed[1, :, pads:].all()
+        assert torch.equal(allowed[1, :, :pads], torch.eye(8, dtype=torch.bool)[:, :pads])
 
 
 def test_tides_row_has_no_end_tokens_after_the_answers(tmp_path: Path) -> None:
@@ -361,3 +365,28 @@ def test_a_mask_by_kind_of_layer_is_the_mask_itself(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(str(tmp_path))
     found, expected = logits_of(family, family.network()), logits_of(family, plain)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("convention", ["tide", "native"])
+@pytest.mark.parametrize(
+    ("name", "teacher", "variant"), [("llada2", "moe", "cross"), ("wedlm", "dense", "shared")]
+)
+def test_tide_learns_from_a_config_with_such_a_teacher(
+    name: str, teacher: str, variant: str, convention: str, tmp_path: Path
+) -> None:
+    world = save_world(tmp_path)
+    family = {"name": name, "path": str(world / teacher), "convention": convention}
+    family |= {"block": BLOCK, "max_length": 96}
+    values = text_values(
+        world, "tide", method={"variant": variant}, roles={"teacher": {"family": family}}
+    )
+    session = build(parse_config(values), CPU)
+    assert isinstance(session.family, TextPair)
+    assert session.family.teacher.convention == convention
+    [loss] = session.method.losses(text_batch(session.family, 4), Progress(1, 4))
+    assert loss.value.isfinite()
+    assert loss.metrics["active_chunks"] > 0
+    assert loss.metrics["distillation"] > 0
+    loss.value.backward()
+    assert all(p.grad is not None for p in session.roles["student"].parameters().values())
+    assert all(p.grad is None for p in session.roles["teacher"].network.parameters())
