@@ -220,7 +220,6 @@ def test_the_schema_describes_the_family_of_a_role() -> None:
         ({"method": {"name": "sft"}}, "method sft is for images and videos: .*not bd3lm"),
         ({"family": {"name": "toy"}}, "method bd3lm is for texts: .*not toy"),
         ({"family": {"quantize": "nf4"}}, r"family\.quantize: nf4 stores the network rounded"),
-        ({"sample": {"every": 2}}, r"sample\.every draws pictures, and this run is of texts"),
         ({"family": {"path": "no/where"}}, "neither a folder nor a hub id|cannot find"),
         ({"data": {"path": "no.jsonl"}}, r"data\.path no\.jsonl does not exist"),
         (

@@ -11,6 +11,7 @@ from diffdistill.config import SECTIONS, attribute_notes, bundled_configs, optio
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.roles import RoleSettings
+from diffdistill.sample_settings import SampleSettings, TextSampleSettings
 
 KINDS = {"methods": "method", "families": "family", "rewards": "reward"}
 
@@ -45,6 +46,7 @@ def _first_line(cls: type) -> str:
 def json_schema() -> str:
     """Return the JSON schema of config files."""
     properties = {name: _schema(cls) for name, cls in SECTIONS.items()}
+    properties["sample"] = {"anyOf": [_schema(SampleSettings), _schema(TextSampleSettings)]}
     for kind in ("method", "family"):
         properties[kind] = {"oneOf": [_named(kind, n) for n in sorted(catalog.names(kind))]}
     role = _schema(RoleSettings)

@@ -104,7 +104,7 @@ def _vbench(session: Session, settings: EvaluateSettings, folder: Path) -> str:
     chosen = models(session, _roles(settings, ["student"]))
     for name, model in chosen.items():
         place = folder / name if len(chosen) > 1 else folder
-        order = Order(prompts, size, num_videos, session.config.sample.seed, place)
+        order = Order(prompts, size, num_videos, session.config.pictures.seed, place)
         written = 0
         for path in write_videos(session, model, Sampling(*how_sampled(session, name)), order):
             written += 1

@@ -64,7 +64,7 @@ def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -
     write_settings(
         written if written.is_dir() else written.parent,
         family,
-        num_steps=int(method.get("num_steps", session.config.sample.num_steps)),
+        num_steps=int(method.get("num_steps", session.config.pictures.num_steps)),
         sampler=method.get("sampler", "euler"),
     )
 
