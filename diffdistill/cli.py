@@ -178,14 +178,18 @@ def evaluate(
     source: Source,
     overrides: Overrides = None,
     suite: Annotated[
-        str, typer.Option(help="few-step (images), video, or vbench (files for its harness).")
-    ] = "few-step",
+        str | None,
+        typer.Option(
+            help="few-step (images), video, or vbench (files for its harness); of texts: text "
+            "(likelihood of the data), or lm-eval."
+        ),
+    ] = None,
     checkpoint: Checkpoint = "latest",
     output: Annotated[
         Path | None, typer.Option(help="The JSON file; for vbench the folder of the videos.")
     ] = None,
 ) -> None:
-    """Measure quality: of images against the number of sampling steps, or of videos."""
+    """Measure quality: of images against the number of steps, of videos, or of texts."""
     from diffdistill.commands.evaluate import evaluate as command
 
     text = command(

@@ -10,6 +10,7 @@ from diffdistill import catalog
 from diffdistill.config import SECTIONS, attribute_notes, bundled_configs, options_model
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
+from diffdistill.evaluation.text_settings import TextEvaluateSettings
 from diffdistill.roles import RoleSettings
 from diffdistill.sample_settings import SampleSettings, TextSampleSettings
 
@@ -52,7 +53,8 @@ def json_schema() -> str:
     role = _schema(RoleSettings)
     role["properties"]["family"] |= {"anyOf": [{"$ref": "#/properties/family"}, {"type": "null"}]}
     properties["roles"] = {"type": "object", "additionalProperties": role}
-    properties["evaluate"] = _schema(EvaluateSettings)
+    evaluate = [_schema(EvaluateSettings), _schema(TextEvaluateSettings)]
+    properties["evaluate"] = {"anyOf": evaluate}
     own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
     reward = {"anyOf": [{"type": "string"}, *named, own]}

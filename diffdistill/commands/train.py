@@ -15,7 +15,7 @@ from diffdistill.config import RunConfig
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.estimates import describe
-from diffdistill.evaluation.few_step import parse_settings
+from diffdistill.evaluation.text_settings import check_evaluate
 from diffdistill.feeding import Feed, open_feed
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
-    parse_settings(config.evaluate)
+    check_evaluate(config)
     session = build(config, distributed.device)
     if hasattr(session.method, "reward"):
         load_rewards(session.method.reward)
