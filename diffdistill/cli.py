@@ -215,12 +215,16 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     output: Annotated[Path, typer.Argument(help="A folder, or a .safetensors file.")],
     layout: Annotated[
-        str, typer.Option(help="lora, pipeline, single-file, comfyui-lora; auto: lora or pipeline.")
+        str,
+        typer.Option(
+            help="lora, pipeline, single-file, comfyui-lora, transformers (texts); auto: lora, or "
+            "all of it."
+        ),
     ] = "auto",
     role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
     checkpoint: Checkpoint = "latest",
 ) -> None:
-    """Export trained weights for diffusers or ComfyUI."""
+    """Export trained weights for diffusers, ComfyUI, transformers or peft."""
     from diffdistill.commands.export import export as command
 
     typer.echo(command(run, output, layout=layout, role=role, checkpoint=checkpoint))

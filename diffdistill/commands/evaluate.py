@@ -53,7 +53,7 @@ def evaluate(
     suite = suites[0] if suite is None else suite
     if suite not in suites:
         of = "texts" if texts else "images and videos"
-        raise UserError(f"no suite {suite!r} of {of}; there is {', '.join(suites)}")
+        raise UserError(f"no suite {suite!r} for {of}; there is {', '.join(suites)}")
     if texts:
         return evaluate_text(source, suite, checkpoint, output, overrides)
     session = open_session(source, checkpoint, overrides)
