@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from diffdistill.errors import UserError
 from diffdistill.noising import TokenLogprob
+from diffdistill.pipelines.sharding import last_hidden
 from diffdistill.projection import Projection, token_logprob, without
 
 Attention = Literal["sdpa", "eager", "flex_attention"]
@@ -301,11 +302,12 @@ def project(
     kwargs = {} if cache is None else {cache_argument(body): cache, "use_cache": True}
     if cache is None:
         kwargs["use_cache"] = False
-    output = body(input_ids=tokens, attention_mask=mask, position_ids=positions, **kwargs)
+    kwargs |= {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    hidden = last_hidden(network, kwargs)
     head: Any = network.get_output_embeddings()  # type: ignore[operator]
     config: Any = network.config
     return Projection(
-        output.last_hidden_state,
+        hidden,
         head.weight,
         getattr(head, "bias", None),
         logit_scale(config),
