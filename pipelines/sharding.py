@@ -17,15 +17,16 @@ def last_hidden(network: Any, inputs: Mapping[str, Any]) -> Tensor:
     """
     if not isinstance(network, FSDPModule):
         return network.base_model(**inputs).last_hidden_state
+    sharded: Any = network
     kept: list[Tensor] = []
-    of_body = network.base_model.register_forward_hook(
+    of_body = sharded.base_model.register_forward_hook(
         lambda _module, _inputs, output: kept.append(output.last_hidden_state)
     )
-    of_whole = network.register_forward_hook(lambda *_: kept.pop(), prepend=True)
+    of_whole = sharded.register_forward_hook(lambda *_: kept.pop(), prepend=True)
     try:
-        hidden: Tensor = network(**inputs, logits_to_keep=1)
+        hidden: Tensor = sharded(**inputs, logits_to_keep=1)
     finally:
         of_body.remove()
         of_whole.remove()
-    network.unshard()
+    sharded.unshard()
     return hidden
