@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import yaml
 from diffdistill import cli
 from diffdistill.checkpoints import Checkpoints, restore
 from diffdistill.commands.catalog import json_schema
+from diffdistill.commands.export import export
 from diffdistill.commands.preview import preview
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.projection import dense
 from diffdistill.session import build
 from diffdistill.trainer import Trainer
 from tests.conftest import CPU
-from tests.text_run import save_world, text_values, write_chats
+from tests.text_run import save_world, text_batch, text_values, write_chats
 from tests.toy_run import forked, losses
 
 
@@ -184,6 +187,30 @@ def test_the_command_line_takes_a_config_with_a_teacher_of_another_family(
     assert saved["roles"]["teacher"]["family"]["block"] == 8
     assert saved["roles"]["teacher"]["family"]["attention"] == "sdpa"
     assert parse_config(saved).to_dict() == saved
+
+
+@pytest.mark.parametrize("name", ["bd3lm of a whole row", "tide of an adapter"])
+def test_an_exported_student_predicts_what_it_did_in_its_run(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    train(parse_config(values_of(name, world)), tmp_path / "run")
+    session = restore(tmp_path / "run", "latest", CPU)
+    assert isinstance(session.family, TextPair)
+    role = "average" if "average" in session.roles.by_name else "student"
+    export(tmp_path / "run", tmp_path / "model", role=role)
+    family = replace(session.family.student, path=str(tmp_path / "model"))
+    batch = text_batch(session.family, 2)
+    text = session.family.text(batch)
+    state = session.family.noised(batch, torch.ones(2), text.maskable)
+    condition = session.family.condition(batch)
+    with torch.no_grad():
+        expected = dense(session.roles[role](state, condition))
+        found = dense(family.predict(family.network(), state, condition))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="is not empty: export into a new folder"):
+        export(tmp_path / "run", tmp_path / "model")
+    with pytest.raises(UserError, match="not exported as lora, but as auto, model"):
+        export(tmp_path / "run", tmp_path / "other", layout="lora")
 
 
 # errors
