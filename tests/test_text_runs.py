@@ -14,8 +14,10 @@ import yaml
 from diffdistill import cli
 from diffdistill.checkpoints import Checkpoints, restore
 from diffdistill.commands.catalog import json_schema
+from diffdistill.commands.evaluate import evaluate
 from diffdistill.commands.export import export
 from diffdistill.commands.preview import preview
+from diffdistill.commands.sample import sample
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
@@ -300,5 +302,15 @@ def test_answers_that_a_long_prompt_leaves_no_room_for_are_an_error_or_left_out(
 def test_pictures_of_texts_are_refused(world: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.yaml"
     file.write_text(yaml.safe_dump(text_values(world)))
-    with pytest.raises(UserError, match="family bd3lm makes texts, not images or videos"):
-        preview(str(file))
+    for ask in (preview, sample, lambda source: evaluate(source, suite="few-step")):
+        with pytest.raises(UserError, match="family bd3lm makes texts, not images or videos"):
+            ask(str(file))
+
+
+def test_what_is_compiled_is_what_is_called(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__)
+    )
+    build(parse_config(text_values(world, train={"compile": True})), CPU)
+    assert compiled == ["Qwen3Model"]
