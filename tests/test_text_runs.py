@@ -98,15 +98,25 @@ def test_a_run_that_is_killed_and_resumed_is_bit_identical(
     assert any("role-average" in key for key in expected) == (config.train.ema is not None)
 
 
-@pytest.mark.parametrize("data", [{}, {"streaming": True}, {"packing": True}])
+@pytest.mark.parametrize(
+    ("method", "options", "data"),
+    [
+        ("bd3lm", {"stratify": 4}, {}),
+        ("bd3lm", {"stratify": 4}, {"streaming": True}),
+        ("bd3lm", {"levels": "sequence"}, {"packing": True}),
+        ("tide", {"distillation_weight": 20.0}, {}),
+        ("tide", {"variant": "calm-tidal", "distillation_weight": 20.0}, {"streaming": True}),
+    ],
+)
 def test_two_micro_batches_of_two_take_the_step_of_one_of_four(
-    data: dict[str, Any], world: Path, tmp_path: Path
+    method: str, options: dict[str, Any], data: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:
     for name, batch_size, accumulate in (("one", 4, 1), ("two", 2, 2)):
         values = text_values(
             world,
+            method,
             data={"batch_size": batch_size} | data,
-            method={"stratify": 4},
+            method=options,
             train={"accumulate": accumulate, "steps": 3, "lr": 0.001},
         )
         train(parse_config(values), tmp_path / name)
