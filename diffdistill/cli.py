@@ -217,7 +217,7 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="lora, pipeline, single-file, comfyui-lora, transformers (texts); auto: lora, or "
+            help="lora, pipeline, single-file, comfyui-lora, model (of texts); auto: lora, or "
             "all of it."
         ),
     ] = "auto",

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.adapters import save_lora
-from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
-from diffdistill.pipelines.exporting import merged_state
+from diffdistill.pipelines.exporting import check_empty, merged_state
 from diffdistill.pipelines.language import LanguageFamily
 
 
@@ -93,13 +92,3 @@ def export_language_lora(
         save_lora(adapter, folder, base=family.path, rank=rank, alpha=alpha)
         _save_tokenizer(family, folder)
     return folder
-
-
-def check_empty(folder: Path) -> None:
-    """Refuse a folder with something in it.
-
-    Raises:
-        UserError: If there is.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: export into a new folder")

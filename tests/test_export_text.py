@@ -55,7 +55,7 @@ def role_logits(role: Role) -> Tensor:
 def test_a_folder_for_transformers_computes_what_the_role_does(
     run: str, role: str, world: Path, tmp_path: Path
 ) -> None:
-    written = export(world / run, tmp_path / "model", layout="transformers", role=role)
+    written = export(world / run, tmp_path / "model", layout="model", role=role)
     opened = AutoModelForCausalLM.from_pretrained(str(written)).eval()
     own = restore(world / run).roles[role]
     torch.testing.assert_close(logits_of(opened), role_logits(own), rtol=1e-4, atol=1e-5)
@@ -79,7 +79,7 @@ def test_the_folder_says_how_it_is_called(world: Path, tmp_path: Path) -> None:
 def test_an_exported_model_is_a_family_again_that_answers_alike(
     world: Path, tmp_path: Path
 ) -> None:
-    written = export(world / "lora", tmp_path / "model", layout="transformers")
+    written = export(world / "lora", tmp_path / "model", layout="model")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(text_values(world, family={"path": str(written)})))
     sampled = ["sample.max_tokens=8"]
@@ -136,7 +136,7 @@ def test_a_named_mask_token_and_template_become_the_tokenizers_own(
 def test_what_cannot_be_exported_is_one_line(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="layout 'pipeline' is for images and videos, not for bd3"):
         export(world / "full", tmp_path / "x", layout="pipeline")
-    with pytest.raises(UserError, match="student was trained fully: export it as transformers"):
+    with pytest.raises(UserError, match="student was trained fully: export it as model"):
         export(world / "full", tmp_path / "x", layout="lora")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()

@@ -22,8 +22,8 @@ from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.roles import Role
 from diffdistill.session import Session
 
-LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora", "transformers")
-TEXT_LAYOUTS = ("auto", "lora", "transformers")
+LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora", "model")
+TEXT_LAYOUTS = ("auto", "lora", "model")
 
 
 def export(
@@ -43,7 +43,7 @@ def export(
             diffusers folder; ``single-file`` the transformer in the original key layout, which
             ComfyUI reads; ``comfyui-lora`` a LoRA in that layout; ``auto`` is ``lora`` for an
             adapter and ``pipeline`` for a fully trained network. Of text models, ``lora`` is
-            what peft reads, and ``transformers`` (``auto`` for a fully trained network) a complete
+            what peft reads, and ``model`` (``auto`` for a fully trained network) a complete
             folder for transformers.
         role: ``student``, or ``average`` where ``train.ema`` kept one.
         checkpoint: Which checkpoint of the run.
@@ -67,8 +67,8 @@ def export(
         return _write_text(known_roles[role], output, layout)
     if not isinstance(family, LatentFamily):
         raise UserError(f"the family {name} has nothing to export to")
-    if layout == "transformers":
-        raise UserError(f"layout 'transformers' is for text models, not for {name}")
+    if layout == "model":
+        raise UserError(f"layout 'model' is for text models, not for {name}")
     written = _write(family, known_roles[role], output, layout)
     if isinstance(family, WanStreaming):
         _say_how_it_streams(session, family, written)
@@ -88,9 +88,9 @@ def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -
 def _write_text(role: Role, output: Path, layout: str) -> Path:
     family = language_family(role)
     if layout == "auto":
-        layout = "transformers" if role.adapter is None else "lora"
+        layout = "model" if role.adapter is None else "lora"
     if layout == "lora":
-        weights, source = _own_adapter(role, "transformers"), role.settings
+        weights, source = _own_adapter(role, "model"), role.settings
         return export_language_lora(family, weights, output, rank=source.rank, alpha=source.alpha)
     return export_language_model(family, role.network, output, adapter=role.adapter)
 
