@@ -1,0 +1,322 @@
+"""What a diffusion language model does with held-out texts, in units that tokenizers share.
+
+A bound on the likelihood in nats per byte, spans of bytes filled in, answers to questions, and the
+distance of a student to its teacher. All random numbers belong to the examples, so that models are
+measured on the same spans and, where they share a tokenizer, the same masks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.methods.tide import Tide
+from diffdistill.noising import Estimate, likelihood_bound
+from diffdistill.pipelines.answers import AnswerSampler
+from diffdistill.pipelines.block_diffusion import chat_tokens
+from diffdistill.pipelines.chats import Messages, chat_row, read_chat
+from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.projection import token_logprob
+from diffdistill.texts import TextModel
+from diffdistill.types import Batch, Example, Progress, State
+
+
+class PerByte(NamedTuple):
+    """A Monte Carlo estimate.
+
+    Attributes:
+        nats: Nats per byte.
+        error: Its standard error, of the masks alone: the texts are given.
+        num_bytes: Bytes of the texts.
+    """
+
+    nats: float
+    error: float
+    num_bytes: int
+
+
+class Infilled(NamedTuple):
+    """How many spans were filled in as they had been.
+
+    Attributes:
+        exact: Share of spans whose every byte is right.
+        tokens: Share of their tokens that are right.
+        num_spans: How many there were.
+    """
+
+    exact: float
+    tokens: float
+    num_spans: int
+
+
+class Answered(NamedTuple):
+    """What became of the questions.
+
+    Attributes:
+        accepted: Share of questions with an answer that was accepted.
+        ended: Share of answers that came to an end in time.
+        texts: The answers, in the order of the questions.
+    """
+
+    accepted: float
+    ended: float
+    texts: list[str]
+
+
+def fitting(examples: Sequence[Example], families: Sequence[LanguageFamily]) -> list[Example]:
+    """Return the examples that every family can read as a whole."""
+    pairs = [TextPair(family, family, Reading(truncate=False)) for family in families]
+    return [example for example in examples if all(_fits(pair, example) for pair in pairs)]
+
+
+def _fits(pair: TextPair, example: Example) -> bool:
+    try:
+        pair.rows(example)
+    except UserError:
+        return False
+    return True
+
+
+def batches(
+    pair: TextPair, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield examples of like lengths as batches, with their numbers; the same ones every time."""
+    rows = pair.encode(examples)
+    order = sorted(range(len(rows)), key=lambda n: (len(rows[n]["student/tokens"]), n))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids = torch.tensor(chosen, device=pair.device)
+        yield chosen, pair.collate([rows[number] for number in chosen]) | {"ids": ids}
+
+
+def content_bytes(example: Example) -> int:
+    """Return the bytes of a text, or of the answers of a chat."""
+    if example.messages is None:
+        return len((example.text or "").encode())
+    answers = [m["content"] for m in example.messages if m["role"] == "assistant"]
+    return sum(len(answer.encode()) for answer in answers)
+
+
+@torch.no_grad()
+def likelihood(
+    family: LanguageFamily,
+    model: TextModel,
+    examples: Sequence[Example],
+    draws: Draws,
+    *,
+    span: int | None,
+    num_draws: int = 4,
+    batch_size: int = 32,
+) -> PerByte:
+    """Return the bound on the negative log-likelihood of texts, or of answers.
+
+    The tokens that end a text are part of it; the bytes are of the text alone.
+
+    Args:
+        family: Reads the texts.
+        model: The model, as a method has it.
+        examples: Texts that fit (see ``fitting``).
+        draws: Random numbers.
+        span: Tokens that share a noise level: the block of a model that denoises a block on the
+            clean ones before it, None for a model that sees a whole row.
+        num_draws: Masks of each text, each a call of the model.
+        batch_size: Texts in a call.
+    """
+    pair = TextPair(family, family, Reading(truncate=False))
+    found = [
+        likelihood_bound(
+            _logprob(pair, model, batch),
+            pair.text(batch).tokens,
+            pair.text(batch).maskable,
+            draws,
+            batch["ids"],
+            mask_id=family.mask_id,
+            block=span,
+            num_draws=num_draws,
+        )
+        for _, batch in batches(pair, examples, batch_size)
+    ]
+    whole = Estimate(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    size = sum(content_bytes(example) for example in examples)
+    error = whole.error.double().square().sum().sqrt().item()
+    return PerByte(whole.value.sum().item() / size, error / size, size)
+
+
+def _logprob(pair: TextPair, model: TextModel, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+    text, condition = pair.text(batch), pair.condition(batch)
+
+    def logprob(noised: Tensor, masked: Tensor) -> Tensor:
+        state = State(noised, masked.float().mean(dim=1), masked)
+        return token_logprob(model(state, condition), text.tokens, mask=masked)
+
+    return logprob
+
+
+class Gap(NamedTuple):
+    """An answer with a hole.
+
+    Attributes:
+        prompt: Tokens before it.
+        answer: Its tokens, with end tokens up to the end of its last block.
+        hidden: Which of them are to be filled in.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    hidden: list[bool]
+
+
+def make_gap(family: LanguageFamily, example: Example, size: int, draws: Draws, number: int) -> Gap:
+    """Return the answer of a chat without the tokens of a span of ``size`` bytes.
+
+    The span is where ``draws`` says for ``number``, in any tokenizer. A token that reaches out of
+    it is hidden too.
+    """
+    assert example.messages is not None, "a gap is in the answer of a chat"
+    messages: Messages = example.messages
+    chat = read_chat(family.speller, messages)
+    row = family.lay_out(chat_row(family.speller, messages, turns="last"))
+    first, last = chat.contents[-1]
+    start = first + draws.integer("gap", number, max(last - first - size, 0) + 1)
+    stop = min(start + size, last)
+    pads = row.documents.count(-1)
+    begin = row.maskable.index(True)
+    gone = [a < stop and start < b for a, b in chat.spelling.spans]
+    hidden = ([False] * pads + gone + [False] * len(row.tokens))[begin : len(row.tokens)]
+    return Gap(row.tokens[pads:begin], row.tokens[begin:], hidden)
+
+
+def infilling(
+    family: LanguageFamily,
+    sampler: AnswerSampler,
+    examples: Sequence[Example],
+    draws: Draws,
+    *,
+    size: int = 12,
+    batch_size: int = 32,
+) -> Infilled:
+    """Return how often a span of an answer is filled in as it had been.
+
+    Args:
+        family: Reads the chats.
+        sampler: Fills in; how many tokens there are is given.
+        examples: Chats that fit.
+        draws: Random numbers.
+        size: Bytes of a span.
+        batch_size: Chats in a call.
+    """
+    gaps = [make_gap(family, example, size, draws, n) for n, example in enumerate(examples)]
+    order = sorted(range(len(gaps)), key=lambda n: (len(gaps[n].answer), n))
+    exact = right = total = 0
+    for length in sorted({len(gap.answer) for gap in gaps}):
+        alike = [number for number in order if len(gaps[number].answer) == length]
+        for start in range(0, len(alike), batch_size):
+            numbers = alike[start : start + batch_size]
+            hits = _filled(sampler, [gaps[number] for number in numbers], draws, numbers)
+            exact += sum(all(hit) for hit in hits)
+            right += sum(sum(hit) for hit in hits)
+            total += sum(len(hit) for hit in hits)
+    return Infilled(exact / len(gaps), right / total, len(gaps))
+
+
+def _filled(
+    sampler: AnswerSampler, gaps: Sequence[Gap], draws: Draws, numbers: Sequence[int]
+) -> list[list[bool]]:
+    """Return for each gap which of its tokens are right."""
+    device = next(sampler.network.parameters()).device
+    answers = torch.tensor([gap.answer for gap in gaps])
+    hidden = torch.tensor([gap.hidden for gap in gaps])
+    canvas = answers.masked_fill(hidden, sampler.mask_id)
+    ids = torch.tensor(list(numbers), device=device)
+    found = sampler.sample([gap.prompt for gap in gaps], draws, ids, canvas=canvas)
+    return [
+        (tokens.cpu() == answer)[gone].tolist()
+        for tokens, answer, gone in zip(found, answers, hidden, strict=True)
+    ]
+
+
+def answering(
+    family: LanguageFamily,
+    sampler: AnswerSampler,
+    examples: Sequence[Example],
+    draws: Draws,
+    accept: Callable[[str, str], bool],
+    *,
+    batch_size: int = 32,
+) -> Answered:
+    """Return what a model answers to the questions of chats, and how many answers are accepted.
+
+    Args:
+        family: Reads the chats; their last messages are not shown.
+        sampler: Answers.
+        examples: The chats.
+        draws: Random numbers.
+        accept: Whether a question (the last one) has been answered by a text.
+        batch_size: Questions in a call.
+    """
+    device = next(sampler.network.parameters()).device
+    texts, ended = list[str](), 0
+    for start in range(0, len(examples), batch_size):
+        asked = examples[start : start + batch_size]
+        prompts = [
+            chat_tokens(family.tokenizer, example.messages[:-1])
+            for example in asked
+            if example.messages is not None
+        ]
+        ids = torch.arange(start, start + len(asked), device=device)
+        for tokens in sampler.sample(prompts, draws, ids):
+            ended += bool(torch.isin(tokens[-1:].cpu(), torch.tensor(list(sampler.eos_ids))).any())
+            texts.append(family.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    accepted = [accept(e.prompt, text) for e, text in zip(examples, texts, strict=True)]
+    return Answered(sum(accepted) / len(texts), ended / len(texts), texts)
+
+
+@torch.no_grad()
+def distance(
+    pair: TextPair,
+    student: TextModel,
+    teacher: TextModel,
+    examples: Sequence[Example],
+    draws: Draws,
+    *,
+    by: Literal["token", "chunk"],
+    batch_size: int = 32,
+) -> float:
+    """Return how far a student is from its teacher on hidden text, in nats.
+
+    What is hidden is what ``tide`` hides in training, from both; temperatures are 1.
+
+    Args:
+        pair: Reads the texts for both.
+        student: The student.
+        teacher: The teacher.
+        examples: Texts that fit both.
+        draws: Random numbers.
+        by: ``token`` is KL(teacher || student) of each hidden token, of one vocabulary; ``chunk``
+            KL(student || teacher) of the binary event that a hidden chunk is the right one.
+        batch_size: Texts in a call.
+    """
+    variant: Literal["shared", "cross"] = "shared" if by == "token" else "cross"
+    method = Tide(
+        family=pair,
+        draws=draws,
+        student=student,
+        teacher=teacher,
+        variant=variant,
+        divergence="forward-kl" if by == "token" else "reverse-binary-kl",
+        tidal="none",
+        exposure=0.0,
+        weight="uniform",
+        temperature=1.0,
+    )
+    total = count = 0.0
+    for _, batch in batches(pair, examples, batch_size):
+        for loss in method.losses(batch, Progress(0, 1)):
+            chunks = float(loss.metrics["active_chunks"]) * len(batch["ids"])
+            total += float(loss.metrics["distillation"]) * chunks
+            count += chunks
+    return total / max(count, 1.0)
