@@ -12,17 +12,18 @@ each diffusion model as an autoregressive one.
 
 import argparse
 import json
-import math
 import multiprocessing
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -32,22 +33,37 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeTopKRouter,
+    load_balancing_loss_func,
+)
+from transformers.utils import logging as transformers_logging
 
 from diffdistill.bundled import bundled
 from diffdistill.draws import Draws
-from diffdistill.evaluation.python_source import header_of
-from diffdistill.methods.bd3lm import BD3LM as Denoising
+from diffdistill.evaluation.language import answering, fitting, infilling, likelihood
+from diffdistill.evaluation.python_source import MAX_BYTES, completes, header_of
+from diffdistill.methods import bd3lm as denoising
 from diffdistill.pipelines.bd3lm import BD3LM
+from diffdistill.pipelines.block_sampling import BlockSampler
 from diffdistill.pipelines.conversion import to_block_diffusion, to_masked_diffusion
 from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.masked_sampling import MaskedSampler
 from diffdistill.pipelines.mdlm import MDLM
 from diffdistill.pipelines.text_pair import TextPair
-from diffdistill.types import Example, Progress
+from diffdistill.pipelines.unmasking import Unmasking
+from diffdistill.projection import Projection
+from diffdistill.types import Condition, Example, Progress, State
 
 CPU = torch.device("cpu")
-PARTS = ("student", "dense", "moe")
+PARTS = ("dense", "moe", "student")
+"""The longest first."""
 BLOCK = 16
 LENGTH = 192
+LOWEST = 0.25
+"""The lowest noise level in training: gradients of lower ones vary most."""
+EXPERTS_OF_A_TOKEN = 2
+BALANCE = 0.01
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -169,10 +185,10 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Any:
         return Qwen3ForCausalLM(Qwen3Config(**sizes))
     mixture = {
         "num_experts": recipe.experts,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": EXPERTS_OF_A_TOKEN,
         "moe_intermediate_size": recipe.inner,
         "norm_topk_prob": True,
-        "router_aux_loss_coef": 0.01,
+        "router_aux_loss_coef": BALANCE,
     }
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture))
 
@@ -236,21 +252,54 @@ class Optimizers:
             part.zero_grad()
 
 
+class Balance:
+    """What keeps all experts of a network in use; 0 for a network without any.
+
+    The load-balancing loss of Switch Transformers (arXiv:2101.03961), from the routers' logits of
+    the calls since the last time.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Listen to the routers."""
+        self.logits: list[Tensor] = []
+        routers = [m for m in network.modules() if isinstance(m, Qwen3MoeTopKRouter)]
+        self.hooks = [router.register_forward_hook(self._listen) for router in routers]
+        self.experts = routers[0].num_experts if routers else 0
+
+    def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.logits.append(output[0])
+
+    def __call__(self) -> Tensor:
+        """The loss, a scalar."""
+        if not self.hooks:
+            return torch.zeros(())
+        value = load_balancing_loss_func(tuple(self.logits), self.experts, EXPERTS_OF_A_TOKEN)
+        self.logits.clear()
+        assert isinstance(value, Tensor)
+        return BALANCE * value
+
+    def remove(self) -> None:
+        """Stop to listen."""
+        for hook in self.hooks:
+            hook.remove()
+
+
 def train(
     name: str, network: nn.Module, recipe: Recipe, steps: int, losses: Iterator[Tensor]
 ) -> None:
     """Descends one loss after the other; matrices are multiplied in bfloat16."""
-    optimizers = Optimizers(network.train(), recipe, steps)
+    optimizers, balance = Optimizers(network.train(), recipe, steps), Balance(network)
     start, recent = time.perf_counter(), list[float]()
     for number in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
             loss = next(losses)
-        loss.backward()
+        (loss + balance()).backward()
         optimizers.step(number)
         recent.append(loss.item())
         if number % 50 == 49 or number == steps - 1:
             mean, seconds = sum(recent[-50:]) / len(recent[-50:]), time.perf_counter() - start
             print(f"{name} {number} loss {mean:.4f} seconds {seconds:.0f}", flush=True)
+    balance.remove()
     network.eval()
 
 
@@ -271,12 +320,7 @@ def next_token_losses(
         pad = nn.utils.rnn.pad_sequence
         tokens = pad(chosen, batch_first=True, padding_value=tokenizer.pad_token_id)
         labels = pad(chosen, batch_first=True, padding_value=-100)
-        loss = network(input_ids=tokens, labels=labels).loss
-        yield loss + balance(network, tokens)
-
-
-def balance(network: Any, tokens: Tensor) -> Tensor:
-    return torch.zeros(())
+        yield network(input_ids=tokens, labels=labels).loss
 
 
 def denoising_losses(
@@ -289,12 +333,13 @@ def denoising_losses(
     examples += [example_of(row) for row in rows if "messages" in row]
     items = pair.encode(examples)
     levels: Any = "block" if isinstance(family, BD3LM) else "sequence"
-    method = Denoising(
+    method = denoising.BD3LM(
         family=pair,
         draws=Draws(recipe.seed + 2),
         student=lambda state, condition: family.predict(network, state, condition),
         levels=levels,
-        stratify=1 if levels == "block" else 16,
+        stratify=16,
+        t_low=LOWEST,
     )
     count = 0
     lengths = [len(item["student/tokens"]) for item in items]
@@ -303,3 +348,222 @@ def denoising_losses(
         batch["ids"] = torch.arange(count, count + len(numbers))
         count += len(numbers)
         yield from (loss.value for loss in method.losses(batch, Progress(0, 1)))
+
+
+def save(network: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves a model in float16, and leaves it in float32."""
+    shutil.rmtree(folder, ignore_errors=True)
+    network.half().save_pretrained(folder)
+    network.float()
+    tokenizer.save_pretrained(folder)
+
+
+def reader_of(folder: Path, part: str) -> LanguageFamily:
+    """The family that a diffusion model belongs to."""
+    kind = MDLM if part == "moe" else BD3LM
+    return kind(path=str(folder), device=CPU, block=BLOCK, max_length=LENGTH)
+
+
+def build_base(part: str, recipe: Recipe, folder: Path) -> None:
+    """Trains an autoregressive model, and saves it."""
+    tokenizer = build_tokenizer(part)
+    network = build_network(recipe, tokenizer)
+    losses = next_token_losses(network, tokenizer, recipe)
+    train(f"{part} autoregressive", network, recipe, recipe.ar_steps, losses)
+    save(network, tokenizer, folder)
+
+
+def build_diffusion(part: str, recipe: Recipe, base: Path, folder: Path) -> None:
+    """Converts an autoregressive model, trains it by denoising, and saves it."""
+    with tempfile.TemporaryDirectory() as work:
+        converted = Path(work) / "converted"
+        convert = to_masked_diffusion if part == "moe" else to_block_diffusion
+        convert(str(base), converted)
+        family = reader_of(converted, part)
+        network = family.network().requires_grad_(True)
+        losses = denoising_losses(network, family, recipe)
+        train(f"{part} diffusion", network, recipe, recipe.diffusion_steps, losses)
+        save(network, family.tokenizer, folder)
+
+
+@torch.no_grad()
+def measure_base(folder: Path, count: int) -> dict[str, float]:
+    """Nats per byte of held-out functions, header and end included."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    network = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    nats, size = 0.0, 0
+    for row in rows_of("python-held-out.jsonl")[:count]:
+        ids = tokenizer(whole(row))["input_ids"] + [tokenizer.eos_token_id]
+        tokens = torch.tensor([ids])
+        nats += network(input_ids=tokens, labels=tokens).loss.item() * (len(ids) - 1)
+        size += len(whole(row).encode())
+    return {"nats per byte": nats / size}
+
+
+def measure(folder: Path, part: str, count: int) -> dict[str, float]:
+    """What a diffusion model does with held-out chats and texts."""
+    family = reader_of(folder, part)
+    network = family.network()
+    examples = fitting([example_of(row) for row in rows_of("python-held-out.jsonl")], [family])
+    chats = [example for example in examples if example.messages is not None][:count]
+    texts = [example for example in examples if example.messages is None][:count]
+    draws, results = Draws(0), {}
+    span = None if part == "moe" else BLOCK
+
+    def model(state: State, condition: Condition) -> Projection:
+        return family.predict(network, state, condition)
+
+    for name, shown in (("answers", chats), ("texts", texts)):
+        found = likelihood(family, model, shown, draws, span=span)
+        results[f"{name}, nats per byte"] = found.nats
+        results[f"{name}, Monte Carlo error"] = found.error
+    options: dict[str, Any] = {
+        "network": network,
+        "mask_id": family.mask_id,
+        "pad_id": family.pad_id,
+        "eos_ids": [family.eos_id],
+        "max_tokens": 96,
+        "block": BLOCK,
+    }
+    sampler = (MaskedSampler if part == "moe" else BlockSampler)(**options)
+    filled = infilling(family, sampler, chats, draws)
+    results |= {"infilling, spans": filled.exact, "infilling, tokens": filled.tokens}
+    sampler.unmasking = Unmasking(num_steps=8)
+    answered = answering(family, sampler, chats[: count // 2], draws, completes)
+    return results | {"answers that parse": answered.accepted, "answers that end": answered.ended}
+
+
+CARD = """---
+license: other
+license_name: psf-2.0
+library_name: transformers
+---
+
+# {name}
+
+{what}
+
+Made by `scripts/build_text_models.py` (seed {seed}), from scratch and offline: {parameters:.2f} M
+parameters ({embeddings:.2f} M of them embeddings), stored in float16; {training}.
+Matrices by Muon, the rest by AdamW. Data: `samples/data/python-train.jsonl`, functions of Python's
+standard library of at most {size} bytes, as plain text and as chats in which signature and
+docstring ask for the body.
+
+{use}
+
+## Measured
+
+| what | value |
+|---|---|
+{rows}
+
+{measured}
+
+## Data and license
+
+Trained on source of the Python standard library, copyright Python Software Foundation, under the
+PSF License ([data](../../data/README.md)). The weights are under the same.
+"""
+
+MEASURED = """From the saved float16 weights, on files kept from training: {count} chats and as many
+texts. The bound counts the tokens that end an answer too, and its error is that of 4 draws of masks
+for each text. Infilling: 12 bytes of an answer hidden, greedy, the number of tokens known. Answers:
+greedy, 8 steps for a block of 16, at most 96 tokens, of half as many chats."""
+
+WHAT = {
+    "python-ar": "An autoregressive Qwen3 of {layers} layers and {hidden} channels: what "
+    "[python-bd3lm](../python-bd3lm/README.md) was converted from.",
+    "python-bd3lm": "A block-diffusion Qwen3 (BD3LM) of {layers} layers and {hidden} channels, "
+    "blocks of {block} tokens, converted from [python-ar](../python-ar/README.md): the student of "
+    "`tide-shared/python` and `tide-cross/python`, before any distillation.",
+    "python-dense": "A block-diffusion Qwen3 of {layers} layers and {hidden} channels with the "
+    "tokenizer of [python-bd3lm](../python-bd3lm/README.md): the teacher of "
+    "`tide-shared/python`.",
+    "python-moe": "A masked-diffusion Qwen3-MoE of {layers} layers and {hidden} channels, "
+    "{experts} experts of which a token takes 2, with a tokenizer, template and mask token of its "
+    "own: the teacher of `tide-cross/python`. Its tokens may hold line breaks and indents, and "
+    "digits are single.",
+}
+
+USE = """```yaml
+family: {{name: {family}, path: "bundled:{name}", block: {block}, max_length: {length}}}
+```"""
+
+
+def write_card(folder: Path, part: str, recipe: Recipe, count: int) -> None:
+    """Measures a saved model, and writes its card."""
+    name, base = folder.name, folder.name == "python-ar"
+    results = measure_base(folder, count) if base else measure(folder, part, count)
+    for key, value in results.items():
+        print(f"{name}: {key} {value:.4g}", flush=True)
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"].numel()
+    known = asdict(recipe) | {
+        "name": name,
+        "block": BLOCK,
+        "length": LENGTH,
+        "size": MAX_BYTES,
+        "count": count,
+        "family": "mdlm" if part == "moe" else "bd3lm",
+        "parameters": sum(weight.numel() for weight in weights.values()) / 1e6,
+        "embeddings": embeddings / 1e6,
+    }
+    training = f"{recipe.ar_steps} autoregressive steps"
+    if not base:
+        training += f", then {recipe.diffusion_steps} of denoising, noise levels from {LOWEST} on"
+    text = CARD.format(
+        **known,
+        what=WHAT[name].format(**known),
+        training=f"{training}, of {recipe.tokens} tokens each",
+        use="" if base else USE.format(**known),
+        rows="\n".join(f"| {key} | {value:.4g} |" for key, value in results.items()),
+        measured=f"Of {count} held-out functions." if base else MEASURED.format(**known),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def build(part: str, output: Path, recipe: Recipe, count: int) -> str:
+    """Builds a part: trains, saves and measures its models; returns what it was."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    start = time.perf_counter()
+    if part == "student":
+        base, folder = output / "python-ar", output / "python-bd3lm"
+        build_base(part, recipe, base)
+        build_diffusion(part, recipe, base, folder)
+        write_card(base, part, recipe, count)
+    else:
+        folder = output / f"python-{part}"
+        with tempfile.TemporaryDirectory() as work:
+            build_base(part, recipe, Path(work) / "base")
+            build_diffusion(part, recipe, Path(work) / "base", folder)
+    write_card(folder, part, recipe, count)
+    return f"{part}: {(time.perf_counter() - start) / 60:.1f} minutes"
+
+
+def main() -> None:
+    """Builds the models that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("samples/models"))
+    parser.add_argument("--quick", action="store_true", help="a smoke run of few steps")
+    parser.add_argument("--only", choices=PARTS, help="keep the others")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="parts built at once, one thread each"
+    )
+    options = parser.parse_args()
+    parts = [options.only] if options.only else PARTS
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.threads, mp_context=context) as pool:
+        futures = []
+        for part in parts:
+            recipe = RECIPES[part]
+            if options.quick:
+                recipe = replace(recipe, ar_steps=4, diffusion_steps=4, tokens=512)
+            count = 8 if options.quick else 192
+            futures.append(pool.submit(build, part, options.output, recipe, count))
+        for future in as_completed(futures):
+            print(future.result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

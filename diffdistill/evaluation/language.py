@@ -11,17 +11,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from diffdistill.chunks import num_chunks, select_whole, tokens_of
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.methods.tide import Tide
-from diffdistill.noising import Estimate, likelihood_bound
+from diffdistill.noising import Estimate, likelihood_bound, uniform
 from diffdistill.pipelines.answers import AnswerSampler
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.chats import Messages, chat_row, read_chat
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.text_pair import Reading, TextPair
 from diffdistill.projection import token_logprob
-from diffdistill.texts import TextModel
+from diffdistill.texts import Reader, TextModel
 from diffdistill.types import Batch, Example, Progress, State
 
 
@@ -273,6 +274,49 @@ def answering(
             texts.append(family.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
     accepted = [accept(e.prompt, text) for e, text in zip(examples, texts, strict=True)]
     return Answered(sum(accepted) / len(texts), ended / len(texts), texts)
+
+
+@torch.no_grad()
+def hidden_likelihood(
+    pair: TextPair,
+    model: TextModel,
+    examples: Sequence[Example],
+    draws: Draws,
+    *,
+    reader: Reader,
+    batch_size: int = 32,
+) -> float:
+    """Return the nats per byte of hidden text, where the same text is hidden from both readers.
+
+    Unlike a bound on the likelihood it compares a teacher with a student on what ``tide`` asks:
+    the same chunks, each with a probability of t, whatever either model sees besides.
+
+    Args:
+        pair: Reads the texts for both.
+        model: The model of ``reader``.
+        examples: Texts that fit both.
+        draws: Random numbers.
+        reader: Who is asked.
+        batch_size: Texts in a call.
+    """
+    family = pair.student if reader == "student" else pair.teacher
+    sizes = torch.tensor([len(spelled or b"") for spelled in family.speller.vocabulary()])
+    nats, size = 0.0, 0
+    for _, batch in batches(pair, examples, batch_size):
+        sides = pair.text(batch), pair.text(batch, reader="teacher")
+        count = num_chunks(*(side.chunks for side in sides))
+        level = draws.uniform("level", batch["ids"])
+        number = uniform(draws, "hidden", batch["ids"], (pair.student.max_length,))[:, :count]
+        active = number < level[:, None]
+        for side in sides:
+            active &= select_whole(side.maskable, side.chunks, count)
+        own = sides[reader == "teacher"]
+        mask = tokens_of(active, own.chunks)
+        state = pair.noised(batch, level, mask, reader=reader)
+        found = model(state, pair.condition(batch, reader=reader))
+        nats -= token_logprob(found, own.tokens, mask=mask).sum().item()
+        size += int(sizes[own.tokens[mask].cpu()].sum())
+    return nats / max(size, 1)
 
 
 @torch.no_grad()

@@ -144,6 +144,12 @@ def parses(source: str) -> bool:
     return True
 
 
+def completes(question: str, answer: str) -> bool:
+    """Return whether an answer is a body of the function that was asked for, and nothing else."""
+    source = f"{header_of(question)}\n{answer}"
+    return bool(answer.strip()) and parses(source) and len(ast.parse(source).body) == 1
+
+
 def corpus(files: Iterable[tuple[str, Path]]) -> tuple[list[Document], list[Document]]:
     """Return the documents for training and the held-out ones, none of them twice.
 
