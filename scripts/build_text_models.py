@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerFast,
@@ -64,6 +64,9 @@ LOWEST = 0.25
 """The lowest noise level in training: gradients of lower ones vary most."""
 EXPERTS_OF_A_TOKEN = 2
 BALANCE = 0.01
+
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen and Llama 3 split texts, without English contractions."""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -128,11 +131,14 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; the first of ``specials`` ends a text, the second fills rows.
 
-    With ``words`` tokens stay within words, as of GPT-2 and Qwen; else they may hold line breaks
-    and indents, and digits are single.
+    With ``words`` tokens stay within words, and line breaks end them: an answer's indent is no part
+    of the line break in front of it, so that a question ends alike with and without its answer.
+    Else they may hold line breaks and indents, and digits are single.
     """
-    parts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)]
-    if not words:
+    parts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if words:
+        parts.insert(0, pre_tokenizers.Split(Regex(WORDS), behavior="isolated"))
+    else:
         parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(parts)
