@@ -16,6 +16,7 @@ from torch import Tensor
 from diffdistill.draws import Draws
 
 NelboWeight = Literal["nelbo", "uniform"]
+Spread = Literal["spans", "draws", "none"]
 TokenLogprob = Callable[[Tensor, Tensor], Tensor]
 """``(noised ids [B, L], masked [B, L]) -> log-probability [B, L]`` of the clean tokens."""
 
@@ -296,6 +297,7 @@ def likelihood_bound(
     mask_id: int,
     block: int | None,
     num_draws: int,
+    spread: Spread = "spans",
 ) -> Estimate:
     """Return the same bound from exact counts: k of a span's n tokens, weighted with ``n / k``.
 
@@ -304,13 +306,18 @@ def likelihood_bound(
     less variance and without a cut near 0. Arguments as in ``nelbo``; ``block`` None takes the
     maskable tokens of a sequence as one span (which is unbiased for a block model too, at a
     higher variance).
+
+    ``spread`` says over what the counts of a sequence are spread evenly, each alone being uniform:
+    over the ``spans`` of a draw; over the ``draws`` of a span, where the error is at most the one
+    returned, which takes draws for independent; or over nothing (``none``). With the latter two a
+    sequence's masks do not depend on how far its row is filled up.
     """
     length = clean.shape[1]
     num_spans = -(-length // (block or length))
     total = span_sums(maskable, block)
 
     def draw(index: int) -> tuple[Tensor, Tensor, Tensor]:
-        times = span_times(draws, f"bound/{index}/k", ids, num_spans)
+        times = _levels(draws, ids, num_spans, index, num_draws, spread)
         count = per_token((times * total).floor().add(1).minimum(total), length, block)
         numbers = uniform(draws, f"bound/{index}/token", ids, (length,))
         masked = span_ranks(numbers, maskable, block) < count
@@ -318,6 +325,25 @@ def likelihood_bound(
         return torch.where(masked, mask_id, clean), masked, weight
 
     return _estimate(logprob, maskable, draw, num_draws)
+
+
+def _levels(
+    draws: Draws, ids: Tensor, num_spans: int, index: int, num_draws: int, spread: Spread
+) -> Tensor:
+    """Return a number in [0, 1) for each span of one of the draws, ``[B, spans]``."""
+    if spread == "spans":
+        return span_times(draws, f"bound/{index}/k", ids, num_spans)
+    within = uniform(draws, f"bound/{index}/k", ids, (num_spans,))
+    if spread == "none":
+        return within
+    rows = [
+        [
+            int(torch.randperm(num_draws, generator=draws.generator(f"bound/{span}", n))[index])
+            for span in range(num_spans)
+        ]
+        for n in ids.tolist()
+    ]
+    return (torch.tensor(rows, device=ids.device) + within) / num_draws
 
 
 @torch.no_grad()

@@ -77,6 +77,17 @@ def flow_family(session: Session) -> FlowFamily:
     raise UserError(f"family {session.config.family['name']} makes texts, not images or videos")
 
 
+def text_pair(session: Session) -> TextPair:
+    """Return the readers of a session, which has to be of texts.
+
+    Raises:
+        UserError: If it is of images or videos.
+    """
+    if isinstance(session.family, TextPair):
+        return session.family
+    raise UserError(f"family {session.config.family['name']} makes images or videos, not texts")
+
+
 def resolve_model(path: str) -> str:
     """Return the folder of a ``bundled:name`` model; any other path or hub id as it is."""
     kind, colon, name = path.partition(":")
@@ -103,8 +114,8 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     if config.train.compile:
         if any(role.head is not None for role in roles.by_name.values()):
             raise UserError("train.compile cannot be combined with a role's head: true")
-        for network in roles.networks():
-            network.compile()
+        for network in roles.networks():  # of language models, what is called
+            getattr(network, "base_model", network).compile()
     read = _read_by(config, family, others)
     method = _wire(config, read, roles, draws)
     return Session(config, read, roles, method, draws, device)
