@@ -21,7 +21,12 @@ from diffdistill.evaluation.language import (
     likelihood,
     make_gap,
 )
+from diffdistill.evaluation.likelihood import MonteCarlo
+from diffdistill.pipelines.bd3lm import BD3LM
 from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.unmasking import Unmasking
+from diffdistill.roles import Role, RoleSettings
 from diffdistill.texts import Reader
 from diffdistill.types import Condition, Example, State
 from tests.text_run import chat, make_pair, save_world
@@ -36,23 +41,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_world(tmp_path_factory.mktemp("world"))
 
 
-class Constant:
-    """A model that predicts the same everywhere."""
+def constant(family: LanguageFamily, logits: Tensor) -> Role:
+    """Return a model that predicts the same everywhere."""
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    class Constant(Role):
+        def __call__(self, state: State, condition: Condition) -> Tensor:
+            return logits.expand(*state.x.shape, -1)
 
-    def __call__(self, state: State, condition: Condition) -> Tensor:
-        return self.logits.expand(*state.x.shape, -1)
+    return Constant("student", RoleSettings(), family, nn.Linear(1, 1))
 
 
-def uniform_model(family: LanguageFamily) -> Constant:
+def uniform_model(family: LanguageFamily) -> Role:
     logits = torch.zeros(len(family.tokenizer))
     logits[family.mask_id] = -torch.inf
-    return Constant(logits)
+    return constant(family, logits)
 
 
-def model_of_bytes(family: LanguageFamily) -> tuple[Constant, float]:
+def model_of_bytes(family: LanguageFamily) -> tuple[Role, float]:
     """A model under which every byte costs as many nats, whatever token it is in; and how many."""
     sizes = torch.tensor([len(s or b"") for s in family.speller.vocabulary()], dtype=torch.float64)
     low, high = 0.0, 50.0
@@ -61,22 +66,19 @@ def model_of_bytes(family: LanguageFamily) -> tuple[Constant, float]:
         total = (-rate * sizes[sizes > 0]).exp().sum()
         low, high = (rate, high) if total > 1 else (low, rate)
     logits = (-rate * sizes).masked_fill(sizes == 0, -torch.inf)
-    return Constant(logits.float()), rate
+    return constant(family, logits.float()), rate
 
 
-@pytest.mark.parametrize("span", [None, 4])
-def test_the_bound_of_a_uniform_model_is_the_number_of_tokens(
-    span: int | None, world: Path
-) -> None:
-    pair = make_pair(world, cross=False)
-    family = pair.student
-    found = likelihood(
-        family, uniform_model(family), TEXTS, Draws(0), span=span, num_draws=3, batch_size=3
-    )
+@pytest.mark.parametrize("cross", [False, True])
+def test_the_bound_of_a_uniform_model_is_the_number_of_tokens(cross: bool, world: Path) -> None:
+    family = make_pair(world).teacher if cross else make_pair(world).student
+    pair = TextPair(family, family)
+    how = MonteCarlo(num_draws=3, antithetic=False, seed=0, batch_size=3)
+    found = likelihood(uniform_model(family), TEXTS, how)
     tokens = sum(sum(pair.rows(text)["student"].maskable) for text in TEXTS)
     size = len((CODE[0] + CODE[1] + CODE[2] + "yes").encode())
     assert found.num_bytes == size
-    assert found.nats == pytest.approx(tokens * math.log(len(family.tokenizer) - 1) / size)
+    assert found.bits == pytest.approx(tokens * math.log2(len(family.tokenizer) - 1) / size)
     assert found.error == pytest.approx(0.0, abs=1e-6)
 
 
@@ -92,7 +94,7 @@ def test_a_model_that_pays_by_the_byte_costs_as_much_in_any_tokenizer(
     pair = make_pair(world)
     model, rate = model_of_bytes(pair.student if reader == "student" else pair.teacher)
     found = hidden_likelihood(pair, model, TEXTS, Draws(1), reader=reader)
-    assert found == pytest.approx(rate, rel=1e-5)
+    assert found == pytest.approx(rate / math.log(2), rel=1e-5)
 
 
 def test_texts_that_a_reader_cannot_read_as_a_whole_do_not_fit(world: Path) -> None:
@@ -107,15 +109,14 @@ def test_the_distance_by_token_is_the_kl_of_the_predictions(world: Path) -> None
     ours, theirs = (torch.randn(len(pair.student.tokenizer), generator=generator) for _ in "ab")
     for logits in (ours, theirs):
         logits[pair.student.mask_id] = -torch.inf
-    found = distance(
-        pair, Constant(ours), Constant(theirs), TEXTS, Draws(0), by="token", batch_size=3
-    )
+    first, second = constant(pair.student, ours), constant(pair.student, theirs)
+    found = distance(pair, first, second, TEXTS, Draws(0), by="token", batch_size=3)
     kept = torch.arange(len(ours)) != pair.student.mask_id
     expected = nn.functional.kl_div(
         ours[kept].log_softmax(0), theirs[kept].log_softmax(0), log_target=True, reduction="sum"
     )
     assert found == pytest.approx(expected.item(), rel=1e-4)
-    same = distance(pair, Constant(ours), Constant(ours), TEXTS, Draws(0), by="token")
+    same = distance(pair, first, first, TEXTS, Draws(0), by="token")
     assert same == pytest.approx(0.0, abs=1e-6)
 
 
@@ -124,7 +125,8 @@ def test_the_distance_by_chunk_is_none_between_models_that_pay_alike(world: Path
     (ours, _), (theirs, other) = model_of_bytes(pair.student), model_of_bytes(pair.teacher)
     same = distance(pair, ours, theirs, TEXTS, Draws(0), by="chunk")
     sizes = torch.tensor([len(s or b"") for s in pair.student.speller.vocabulary()])
-    alike = Constant((-other * sizes).masked_fill(sizes == 0, -torch.inf).float())
+    logits = (-other * sizes).masked_fill(sizes == 0, -torch.inf).float()
+    alike = constant(pair.student, logits)
     far = distance(pair, uniform_model(pair.student), theirs, TEXTS, Draws(0), by="chunk")
     near = distance(pair, alike, theirs, TEXTS, Draws(0), by="chunk")
     assert 0.0 <= same < 0.01
@@ -159,7 +161,6 @@ class Knows:
     """A sampler that has the answers, and may get the last hidden token of one wrong."""
 
     def __init__(self, family: LanguageFamily, wrong: int | None = None) -> None:
-        self.network = nn.Linear(1, 1)
         self.mask_id, self.wrong = family.mask_id, wrong
         self.asked = list[tuple[list[int], list[int]]]()
         self.known = {
@@ -182,18 +183,24 @@ class Knows:
         return answers
 
 
-def test_infilling_counts_spans_and_tokens_that_are_right(world: Path) -> None:
+def test_infilling_counts_spans_and_tokens_that_are_right(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = make_pair(world).student
-    sampler: Any = Knows(family)
-    right = infilling(family, sampler, CHATS, Draws(3), size=5, batch_size=2)
+    role = uniform_model(family)
+    monkeypatch.setattr(BD3LM, "sampler", lambda self, network: Knows(family))
+    right = infilling(role, CHATS, Draws(3), size=5, batch_size=2)
     assert right == (1.0, 1.0, len(CHATS))
     sampler = Knows(family, wrong=2)
-    found = infilling(family, sampler, CHATS, Draws(3), size=5, batch_size=2)
+    monkeypatch.setattr(BD3LM, "sampler", lambda self, network: sampler)
+    found = infilling(role, CHATS, Draws(3), size=5, batch_size=2)
     hidden = sum(sum(gap.hidden) for gap in sampler.known.values())
     assert found == (1 - 1 / len(CHATS), pytest.approx(1 - 1 / hidden), len(CHATS))
 
 
-def test_answers_are_accepted_and_ended_or_not(world: Path) -> None:
+def test_answers_are_accepted_and_ended_or_not(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = make_pair(world).student
     said = ["    return 1", "    return (", "    pass"]
 
@@ -207,16 +214,21 @@ def test_answers_are_accepted_and_ended_or_not(world: Path) -> None:
             for number, end in zip(ids.tolist(), ends, strict=True)
         ]
 
-    sampler: Any = SimpleNamespace(network=nn.Linear(1, 1), eos_ids=[family.eos_id], sample=sample)
+    def sampler(self: BD3LM, network: nn.Module, **options: Any) -> Any:
+        assert options == {"unmasking": how, "max_tokens": 96}
+        return SimpleNamespace(sample=sample)
+
+    how = Unmasking(num_steps=3)
+    monkeypatch.setattr(BD3LM, "sampler", sampler)
     questions = [
         Example(e.messages[0]["content"], messages=e.messages) for e in CHATS[:3] if e.messages
     ]
     found = answering(
-        family,
-        sampler,
+        uniform_model(family),
         questions,
         Draws(0),
         lambda question, answer: question.startswith("question") and "(" not in answer,
+        unmasking=how,
         batch_size=2,
     )
     assert found == (2 / 3, 2 / 3, said)

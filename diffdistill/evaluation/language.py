@@ -1,41 +1,45 @@
 """What a diffusion language model does with held-out texts, in units that tokenizers share.
 
-A bound on the likelihood in nats per byte, spans of bytes filled in, answers to questions, and the
+A bound on the likelihood in bits per byte, spans of bytes filled in, answers to questions, and the
 distance of a student to its teacher. All random numbers belong to the examples, so that models are
 measured on the same spans and, where they share a tokenizer, the same masks.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
+from diffdistill.answering import decoded, language_family
 from diffdistill.chunks import num_chunks, select_whole, tokens_of
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.evaluation.likelihood import MonteCarlo, bound
 from diffdistill.methods.tide import Tide
-from diffdistill.noising import Estimate, likelihood_bound, uniform
+from diffdistill.noising import Estimate, uniform
 from diffdistill.pipelines.answers import AnswerSampler
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.chats import Messages, chat_row, read_chat
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.projection import token_logprob
-from diffdistill.texts import Reader, TextModel
-from diffdistill.types import Batch, Example, Progress, State
+from diffdistill.roles import Role
+from diffdistill.texts import Reader
+from diffdistill.types import Batch, Example, Progress
 
 
 class PerByte(NamedTuple):
     """A Monte Carlo estimate.
 
     Attributes:
-        nats: Nats per byte.
+        bits: Bits per byte.
         error: Its standard error, of the masks alone: the texts are given.
         num_bytes: Bytes of the texts.
     """
 
-    nats: float
+    bits: float
     error: float
     num_bytes: int
 
@@ -102,59 +106,28 @@ def content_bytes(example: Example) -> int:
     return sum(len(answer.encode()) for answer in answers)
 
 
-@torch.no_grad()
-def likelihood(
-    family: LanguageFamily,
-    model: TextModel,
-    examples: Sequence[Example],
-    draws: Draws,
-    *,
-    span: int | None,
-    num_draws: int = 4,
-    batch_size: int = 32,
-) -> PerByte:
+def likelihood(role: Role, examples: Sequence[Example], monte_carlo: MonteCarlo) -> PerByte:
     """Return the bound on the negative log-likelihood of texts, or of answers.
 
     The tokens that end a text are part of it; the bytes are of the text alone.
 
     Args:
-        family: Reads the texts.
-        model: The model, as a method has it.
+        role: The model.
         examples: Texts that fit (see ``fitting``).
-        draws: Random numbers.
-        span: Tokens that share a noise level: the block of a model that denoises a block on the
-            clean ones before it, None for a model that sees a whole row.
-        num_draws: Masks of each text, each a call of the model.
-        batch_size: Texts in a call.
+        monte_carlo: How to estimate it.
     """
+    family = language_family(role)
     pair = TextPair(family, family, Reading(truncate=False))
-    found = [
-        likelihood_bound(
-            _logprob(pair, model, batch),
-            pair.text(batch).tokens,
-            pair.text(batch).maskable,
-            draws,
-            batch["ids"],
-            mask_id=family.mask_id,
-            block=span,
-            num_draws=num_draws,
-        )
-        for _, batch in batches(pair, examples, batch_size)
-    ]
+    found = []
+    for _, batch in batches(pair, examples, monte_carlo.batch_size):
+        text, padding = pair.text(batch), pair.condition(batch)["padding"]
+        ids = batch["ids"]
+        found.append(bound(role, text.tokens, text.maskable, padding, ids, monte_carlo))
     whole = Estimate(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     size = sum(content_bytes(example) for example in examples)
     error = whole.error.double().square().sum().sqrt().item()
-    return PerByte(whole.value.sum().item() / size, error / size, size)
-
-
-def _logprob(pair: TextPair, model: TextModel, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
-    text, condition = pair.text(batch), pair.condition(batch)
-
-    def logprob(noised: Tensor, masked: Tensor) -> Tensor:
-        state = State(noised, masked.float().mean(dim=1), masked)
-        return token_logprob(model(state, condition), text.tokens, mask=masked)
-
-    return logprob
+    unit = size * math.log(2.0)
+    return PerByte(whole.value.sum().item() / unit, error / unit, size)
 
 
 class Gap(NamedTuple):
@@ -192,47 +165,49 @@ def make_gap(family: LanguageFamily, example: Example, size: int, draws: Draws, 
 
 
 def infilling(
-    family: LanguageFamily,
-    sampler: AnswerSampler,
+    role: Role,
     examples: Sequence[Example],
     draws: Draws,
     *,
     size: int = 12,
     batch_size: int = 32,
 ) -> Infilled:
-    """Return how often a span of an answer is filled in as it had been.
+    """Return how often a span of an answer is filled in as it had been, token by token, greedily.
 
     Args:
-        family: Reads the chats.
-        sampler: Fills in; how many tokens there are is given.
+        role: The model; how many tokens there are is given.
         examples: Chats that fit.
         draws: Random numbers.
         size: Bytes of a span.
         batch_size: Chats in a call.
     """
+    family = language_family(role)
+    sampler = family.sampler(role.network)
     gaps = [make_gap(family, example, size, draws, n) for n, example in enumerate(examples)]
-    order = sorted(range(len(gaps)), key=lambda n: (len(gaps[n].answer), n))
-    exact = right = total = 0
+    hits: list[list[bool]] = []
     for length in sorted({len(gap.answer) for gap in gaps}):
-        alike = [number for number in order if len(gaps[number].answer) == length]
+        alike = [number for number, gap in enumerate(gaps) if len(gap.answer) == length]
         for start in range(0, len(alike), batch_size):
             numbers = alike[start : start + batch_size]
-            hits = _filled(sampler, [gaps[number] for number in numbers], draws, numbers)
-            exact += sum(all(hit) for hit in hits)
-            right += sum(sum(hit) for hit in hits)
-            total += sum(len(hit) for hit in hits)
-    return Infilled(exact / len(gaps), right / total, len(gaps))
+            with role.acting(family.device):
+                hits += _filled(family, sampler, [gaps[n] for n in numbers], draws, numbers)
+    tokens = [right for hit in hits for right in hit]
+    exact = sum(all(hit) for hit in hits)
+    return Infilled(exact / len(gaps), sum(tokens) / len(tokens), len(gaps))
 
 
 def _filled(
-    sampler: AnswerSampler, gaps: Sequence[Gap], draws: Draws, numbers: Sequence[int]
+    family: LanguageFamily,
+    sampler: AnswerSampler,
+    gaps: Sequence[Gap],
+    draws: Draws,
+    numbers: Sequence[int],
 ) -> list[list[bool]]:
     """Return for each gap which of its tokens are right."""
-    device = next(sampler.network.parameters()).device
     answers = torch.tensor([gap.answer for gap in gaps])
     hidden = torch.tensor([gap.hidden for gap in gaps])
-    canvas = answers.masked_fill(hidden, sampler.mask_id)
-    ids = torch.tensor(list(numbers), device=device)
+    canvas = answers.masked_fill(hidden, family.mask_id)
+    ids = torch.tensor(list(numbers), device=family.device)
     found = sampler.sample([gap.prompt for gap in gaps], draws, ids, canvas=canvas)
     return [
         (tokens.cpu() == answer)[gone].tolist()
@@ -241,65 +216,69 @@ def _filled(
 
 
 def answering(
-    family: LanguageFamily,
-    sampler: AnswerSampler,
+    role: Role,
     examples: Sequence[Example],
     draws: Draws,
     accept: Callable[[str, str], bool],
     *,
+    unmasking: Unmasking,
+    max_tokens: int = 96,
     batch_size: int = 32,
 ) -> Answered:
     """Return what a model answers to the questions of chats, and how many answers are accepted.
 
     Args:
-        family: Reads the chats; their last messages are not shown.
-        sampler: Answers.
-        examples: The chats.
+        role: The model.
+        examples: The chats; their last messages are not shown.
         draws: Random numbers.
         accept: Whether a question (the last one) has been answered by a text.
+        unmasking: How the tokens of an answer settle.
+        max_tokens: Tokens of an answer.
         batch_size: Questions in a call.
     """
-    device = next(sampler.network.parameters()).device
-    texts, ended = list[str](), 0
-    for start in range(0, len(examples), batch_size):
-        asked = examples[start : start + batch_size]
-        prompts = [
-            chat_tokens(family.tokenizer, example.messages[:-1])
-            for example in asked
-            if example.messages is not None
-        ]
-        ids = torch.arange(start, start + len(asked), device=device)
-        for tokens in sampler.sample(prompts, draws, ids):
-            ended += bool(torch.isin(tokens[-1:].cpu(), torch.tensor(list(sampler.eos_ids))).any())
-            texts.append(family.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    family = language_family(role)
+    sampler = family.sampler(role.network, unmasking=unmasking, max_tokens=max_tokens)
+    prompts = [
+        chat_tokens(family.tokenizer, example.messages[:-1])
+        for example in examples
+        if example.messages is not None
+    ]
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        asked = prompts[start : start + batch_size]
+        ids = torch.arange(start, start + len(asked), device=family.device)
+        with role.acting(family.device):
+            answers += [tokens.tolist() for tokens in sampler.sample(asked, draws, ids)]
+    texts = [decoded(family, tokens) for tokens in answers]
     accepted = [accept(e.prompt, text) for e, text in zip(examples, texts, strict=True)]
-    return Answered(sum(accepted) / len(texts), ended / len(texts), texts)
+    ended = [tokens[-1] in family.end_ids for tokens in answers]
+    return Answered(sum(accepted) / len(texts), sum(ended) / len(texts), texts)
 
 
 @torch.no_grad()
 def hidden_likelihood(
     pair: TextPair,
-    model: TextModel,
+    role: Role,
     examples: Sequence[Example],
     draws: Draws,
     *,
     reader: Reader,
     batch_size: int = 32,
 ) -> float:
-    """Return the nats per byte of hidden text, where the same text is hidden from both readers.
+    """Return the bits per byte of hidden text, where the same text is hidden from both readers.
 
     Unlike a bound on the likelihood it compares a teacher with a student on what ``tide`` asks:
     the same chunks, each with a probability of t, whatever either model sees besides.
 
     Args:
         pair: Reads the texts for both.
-        model: The model of ``reader``.
+        role: The model of ``reader``.
         examples: Texts that fit both.
         draws: Random numbers.
         reader: Who is asked.
         batch_size: Texts in a call.
     """
-    family = pair.student if reader == "student" else pair.teacher
+    family = language_family(role)
     sizes = torch.tensor([len(spelled or b"") for spelled in family.speller.vocabulary()])
     nats, size = 0.0, 0
     for _, batch in batches(pair, examples, batch_size):
@@ -313,17 +292,17 @@ def hidden_likelihood(
         own = sides[reader == "teacher"]
         mask = tokens_of(active, own.chunks)
         state = pair.noised(batch, level, mask, reader=reader)
-        found = model(state, pair.condition(batch, reader=reader))
+        found = role(state, pair.condition(batch, reader=reader))
         nats -= token_logprob(found, own.tokens, mask=mask).sum().item()
         size += int(sizes[own.tokens[mask].cpu()].sum())
-    return nats / max(size, 1)
+    return nats / (max(size, 1) * math.log(2.0))
 
 
 @torch.no_grad()
 def distance(
     pair: TextPair,
-    student: TextModel,
-    teacher: TextModel,
+    student: Role,
+    teacher: Role,
     examples: Sequence[Example],
     draws: Draws,
     *,
