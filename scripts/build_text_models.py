@@ -12,6 +12,7 @@ each diffusion model as an autoregressive one.
 
 import argparse
 import json
+import math
 import multiprocessing
 import shutil
 import tempfile
@@ -42,18 +43,17 @@ from transformers.utils import logging as transformers_logging
 from diffdistill.bundled import bundled
 from diffdistill.draws import Draws
 from diffdistill.evaluation.language import answering, fitting, infilling, likelihood
+from diffdistill.evaluation.likelihood import MonteCarlo
 from diffdistill.evaluation.python_source import MAX_BYTES, completes, header_of
 from diffdistill.methods import bd3lm as denoising
 from diffdistill.pipelines.bd3lm import BD3LM
-from diffdistill.pipelines.block_sampling import BlockSampler
 from diffdistill.pipelines.conversion import to_block_diffusion, to_masked_diffusion
 from diffdistill.pipelines.language import LanguageFamily
-from diffdistill.pipelines.masked_sampling import MaskedSampler
 from diffdistill.pipelines.mdlm import MDLM
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.unmasking import Unmasking
-from diffdistill.projection import Projection
-from diffdistill.types import Condition, Example, Progress, State
+from diffdistill.roles import Role, RoleSettings
+from diffdistill.types import Example, Progress
 
 CPU = torch.device("cpu")
 PARTS = ("dense", "moe", "student")
@@ -62,6 +62,7 @@ BLOCK = 16
 LENGTH = 192
 LOWEST = 0.25
 """The lowest noise level in training: gradients of lower ones vary most."""
+DRAWS = 8
 EXPERTS_OF_A_TOKEN = 2
 BALANCE = 0.01
 
@@ -93,8 +94,8 @@ class Recipe:
     ar_steps: int = 1000
     diffusion_steps: int = 1000
     tokens: int = 4096
-    matrix_rate: float = 0.03
-    other_rate: float = 4e-3
+    matrix_rate: float = 0.012
+    other_rate: float = 1e-2
     seed: int = 0
 
 
@@ -394,7 +395,7 @@ def build_diffusion(part: str, recipe: Recipe, base: Path, folder: Path) -> None
 
 @torch.no_grad()
 def measure_base(folder: Path, count: int) -> dict[str, float]:
-    """Nats per byte of held-out functions, header and end included."""
+    """Bits per byte of held-out functions, header and end included."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     network = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     nats, size = 0.0, 0
@@ -403,39 +404,26 @@ def measure_base(folder: Path, count: int) -> dict[str, float]:
         tokens = torch.tensor([ids])
         nats += network(input_ids=tokens, labels=tokens).loss.item() * (len(ids) - 1)
         size += len(whole(row).encode())
-    return {"nats per byte": nats / size}
+    return {"bits per byte": nats / (size * math.log(2))}
 
 
 def measure(folder: Path, part: str, count: int) -> dict[str, float]:
     """What a diffusion model does with held-out chats and texts."""
     family = reader_of(folder, part)
-    network = family.network()
+    role = Role(part, RoleSettings(weights="frozen"), family, family.network())
     examples = fitting([example_of(row) for row in rows_of("python-held-out.jsonl")], [family])
     chats = [example for example in examples if example.messages is not None][:count]
     texts = [example for example in examples if example.messages is None][:count]
-    draws, results = Draws(0), {}
-    span = None if part == "moe" else BLOCK
-
-    def model(state: State, condition: Condition) -> Projection:
-        return family.predict(network, state, condition)
-
+    draws, results = Draws(0), dict[str, float]()
+    how = MonteCarlo(num_draws=DRAWS, antithetic=True, seed=0, batch_size=32)
     for name, shown in (("answers", chats), ("texts", texts)):
-        found = likelihood(family, model, shown, draws, span=span)
-        results[f"{name}, nats per byte"] = found.nats
+        found = likelihood(role, shown, how)
+        results[f"{name}, bits per byte"] = found.bits
         results[f"{name}, Monte Carlo error"] = found.error
-    options: dict[str, Any] = {
-        "network": network,
-        "mask_id": family.mask_id,
-        "pad_id": family.pad_id,
-        "eos_ids": [family.eos_id],
-        "max_tokens": 96,
-        "block": BLOCK,
-    }
-    sampler = (MaskedSampler if part == "moe" else BlockSampler)(**options)
-    filled = infilling(family, sampler, chats, draws)
+    filled = infilling(role, chats, draws)
     results |= {"infilling, spans": filled.exact, "infilling, tokens": filled.tokens}
-    sampler.unmasking = Unmasking(num_steps=8)
-    answered = answering(family, sampler, chats[: count // 2], draws, completes)
+    fast = Unmasking(num_steps=8)
+    answered = answering(role, chats[: count // 2], draws, completes, unmasking=fast)
     return results | {"answers that parse": answered.accepted, "answers that end": answered.ended}
 
 
@@ -472,9 +460,9 @@ PSF License ([data](../../data/README.md)). The weights are under the same.
 """
 
 MEASURED = """From the saved float16 weights, on files kept from training: {count} chats and as many
-texts. The bound counts the tokens that end an answer too, and its error is that of 4 draws of masks
-for each text. Infilling: 12 bytes of an answer hidden, greedy, the number of tokens known. Answers:
-greedy, 8 steps for a block of 16, at most 96 tokens, of half as many chats."""
+texts. The bound counts the tokens that end an answer too, and its error is that of {draws} draws of
+masks for each text. Infilling: 12 bytes of an answer hidden, greedy, the number of tokens known.
+Answers: greedy, 8 steps for a block of 16, at most 96 tokens, of half as many chats."""
 
 WHAT = {
     "python-ar": "An autoregressive Qwen3 of {layers} layers and {hidden} channels: what "
@@ -510,6 +498,7 @@ def write_card(folder: Path, part: str, recipe: Recipe, count: int) -> None:
         "length": LENGTH,
         "size": MAX_BYTES,
         "count": count,
+        "draws": DRAWS,
         "family": "mdlm" if part == "moe" else "bd3lm",
         "parameters": sum(weight.numel() for weight in weights.values()) / 1e6,
         "embeddings": embeddings / 1e6,

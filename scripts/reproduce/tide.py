@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from diffdistill.bundled import bundled
 from diffdistill.checkpoints import restore, write_atomic
@@ -41,14 +40,11 @@ from diffdistill.evaluation.language import (
     infilling,
     likelihood,
 )
+from diffdistill.evaluation.likelihood import MonteCarlo
 from diffdistill.evaluation.python_source import completes
-from diffdistill.pipelines.block_sampling import BlockSampler
-from diffdistill.pipelines.language import LanguageFamily
-from diffdistill.pipelines.masked_sampling import MaskedSampler
-from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.roles import Role
-from diffdistill.session import Session, build
+from diffdistill.session import Session, build, text_pair
 
 ROOT = Path(__file__).parents[2]
 SHARED, CROSS = "tide-shared/python", "tide-cross/python"
@@ -87,16 +83,14 @@ TABLES = {
     ),
 }  # fmt: skip
 SHOWN = {
-    "answers": "answers, nats per byte",
-    "texts": "texts, nats per byte",
+    "answers": "answers, bits per byte",
+    "texts": "texts, bits per byte",
     "infilling": "spans filled in",
     "infilling/tokens": "their tokens",
     "valid": "answers that parse",
     "dense": "KL to dense",
     "moe": "chunk KL to MoE",
 }
-READS_ROWS = {"mdlm", "llada2"}
-"""Families whose networks see a whole row, so that it has one noise level."""
 
 
 class World:
@@ -106,8 +100,9 @@ class World:
         """Read what all readers can read as a whole."""
         path = str(bundled("data", "python-held-out.jsonl"))
         dataset = open_texts(DataSettings(path=path))
-        families = [self.shared_pair.student, self.cross_pair.teacher]
-        found = fitting([dataset[index] for index in range(len(dataset))], families)
+        pair = text_pair(self.cross)
+        examples = [dataset[index] for index in range(len(dataset))]
+        found = fitting(examples, [pair.student, pair.teacher])
         self.chats = [example for example in found if example.messages is not None]
         self.texts = [example for example in found if example.messages is None]
 
@@ -121,71 +116,36 @@ class World:
         """Student and mixture of experts."""
         return build(load_config(CROSS))
 
-    @property
-    def shared_pair(self) -> TextPair:
-        """Reads for the student and the dense teacher."""
-        return paired(self.shared)
-
-    @property
-    def cross_pair(self) -> TextPair:
-        """Reads for the student and the mixture of experts."""
-        return paired(self.cross)
-
-    def measure(self, role: Role, family: LanguageFamily, *, sees_rows: bool) -> dict[str, float]:
+    def measure(self, role: Role) -> dict[str, float]:
         """Return what a model does with the held-out files, from the same masks for all."""
-        span = None if sees_rows else family.block
-        sampler = make_sampler(family, role.network, sees_rows=sees_rows)
         results: dict[str, float] = {}
+        how = MonteCarlo(num_draws=8, antithetic=True, seed=0, batch_size=32)
         for name, shown in (("answers", self.chats), ("texts", self.texts)):
-            bound = likelihood(family, role, shown, Draws(0), span=span)
-            results |= {name: bound.nats, f"{name}/error": bound.error}
-        filled = [infilling(family, sampler, self.chats, Draws(seed)) for seed in range(3)]
+            found = likelihood(role, shown, how)
+            results |= {name: found.bits, f"{name}/error": found.error}
+        filled = [infilling(role, self.chats, Draws(seed)) for seed in range(3)]
         results["infilling"] = statistics.fmean(f.exact for f in filled)
         results["infilling/tokens"] = statistics.fmean(f.tokens for f in filled)
-        sampler.unmasking = Unmasking(num_steps=8)
-        answered = answering(family, sampler, self.chats, Draws(0), completes)
+        fast = Unmasking(num_steps=8)
+        answered = answering(role, self.chats, Draws(0), completes, unmasking=fast)
         return results | {"valid": answered.accepted, "ended": answered.ended}
 
     def measure_student(self, role: Role) -> dict[str, float]:
         """Return the same of a student, and how far it is from both teachers."""
-        results = self.measure(role, self.shared_pair.student, sees_rows=False)
-        for name, session, by in (("dense", self.shared, "token"), ("moe", self.cross, "chunk")):
-            kind: Literal["token", "chunk"] = "token" if by == "token" else "chunk"
-            teacher, pair = session.roles["teacher"], paired(session)
-            results[name] = distance(pair, role, teacher, self.chats, Draws(0), by=kind)
-            results[f"{name}/hidden"] = hidden_likelihood(
-                pair, role, self.chats, Draws(0), reader="student"
-            )
+        results = self.measure(role)
+        for name, session in (("dense", self.shared), ("moe", self.cross)):
+            teacher, pair = session.roles["teacher"], text_pair(session)
+            by: Literal["token", "chunk"] = "token" if name == "dense" else "chunk"
+            results[name] = distance(pair, role, teacher, self.chats, Draws(0), by=by)
+            hidden = hidden_likelihood(pair, role, self.chats, Draws(0), reader="student")
+            results[f"{name}/hidden"] = hidden
         return results
 
     def measure_teacher(self, session: Session) -> dict[str, float]:
         """Return the same of a teacher, and what it makes of what is hidden from the student."""
-        role, pair = session.roles["teacher"], paired(session)
-        settings = session.config.roles["teacher"].family or session.config.family
-        results = self.measure(role, pair.teacher, sees_rows=settings["name"] in READS_ROWS)
-        results["hidden"] = hidden_likelihood(pair, role, self.chats, Draws(0), reader="teacher")
-        return results
-
-
-def paired(session: Session) -> TextPair:
-    """Return what reads the texts of a run."""
-    assert isinstance(session.family, TextPair)
-    return session.family
-
-
-def make_sampler(
-    family: LanguageFamily, network: nn.Module, *, sees_rows: bool
-) -> BlockSampler | MaskedSampler:
-    """Return a greedy sampler, of 96 tokens at most."""
-    kind = MaskedSampler if sees_rows else BlockSampler
-    return kind(
-        network=network,
-        block=family.block,
-        mask_id=family.mask_id,
-        pad_id=family.pad_id,
-        eos_ids=[family.eos_id],
-        max_tokens=96,
-    )
+        role, pair = session.roles["teacher"], text_pair(session)
+        hidden = hidden_likelihood(pair, role, self.chats, Draws(0), reader="teacher")
+        return self.measure(role) | {"hidden": hidden}
 
 
 def run(arm: Arm, seed: int, steps: int) -> dict[str, float]:
@@ -269,7 +229,7 @@ def readme(results: dict[str, Any]) -> str:
         f"Made by `python scripts/reproduce/tide.py --seeds {seeds} --steps {results['steps']}`. "
         f"Each arm goes on from `python-bd3lm` for {results['steps']} steps; files kept from "
         "training. Mean and standard deviation over "
-        f"{seeds} training seeds; the masks of the measurements are the same for all. Nats per "
+        f"{seeds} training seeds; the masks of the measurements are the same for all. Bits per "
         "byte are bounds, whose Monte Carlo error is in results.json. KL to dense is KL(teacher || "
         "student) of a hidden token, chunk KL to MoE the KL of the event that a hidden chunk is "
         "the right one, both in nats.",
@@ -292,7 +252,7 @@ def readme(results: dict[str, Any]) -> str:
     student = results["undistilled"]
     lines += [
         "",
-        "On what TIDE asks, chunks hidden from both sides, in nats per byte: dense teacher "
+        "On what TIDE asks, chunks hidden from both sides, in bits per byte: dense teacher "
         f"{results['dense teacher']['hidden']:.3f}, student {student['dense/hidden']:.3f}; MoE "
         f"teacher {results['MoE teacher']['hidden']:.3f}, student {student['moe/hidden']:.3f}.",
         "",
