@@ -129,7 +129,9 @@ INDEX = "model_index.json"
 
 
 def _plain_config(network: Any) -> dict[str, Any]:
-    return {k: v for k, v in network.config.items() if k != "quantization_config"}
+    """Return a network's config without how and from where it was loaded on this machine."""
+    local = ("quantization_config", "_name_or_path")
+    return {k: v for k, v in network.config.items() if k not in local}
 
 
 def export_single_file(

@@ -6,7 +6,7 @@ from captions such as "a seven moving right, fast" by flow matching, and the thr
 `digits-video` reward.
 
     python scripts/build_video_models.py                  # all, the causal student too
-    python scripts/build_video_models.py --only rewards   # keep the teacher
+    python scripts/build_video_models.py --only rewards   # keep the other parts
     python scripts/build_video_models.py --quick          # a smoke run
 """
 
@@ -55,14 +55,14 @@ from diffdistill.rewards.digits_video import (
     parse_caption,
 )
 
-PARTS = ("teacher", "rewards", "student")
+PARTS = ("autoencoder", "teacher", "rewards", "student")
 MAX_LENGTH = 16
 PAD, END = "<pad>", "</s>"
 CHANNELS = 6
 LATENT_FRAMES = 9
 LATENT_SIZE = 8
 SHIFT = 3.0
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,11 @@ class Recipe:
     vae_noise: float = 0.05
     vae_penalty: float = 1e-3
     pool: int = 3200
-    flow_steps: int = 2400
-    flow_batch: int = 16
-    still_share: float = 0.25
-    short_share: float = 0.25
+    flow_steps: int = 7000
+    flow_batch: int = 10
     flow_rate: float = 4e-3
-    ema_decay: float = 0.99
+    flow_matrix_rate: float = 0.05
+    ema_decay: float = 0.995
     reward_pool: int = 1600
     reward_samples: int = 480
     reward_steps: int = 800
@@ -336,17 +335,19 @@ def flow_loss(
     return functional.mse_loss(velocity, noise - clean)
 
 
-def stage(fraction: float, recipe: Recipe) -> tuple[int, int]:
-    """Latent frames and clips of a batch, by the fraction of training that is done.
+def flow_optimizers(
+    transformer: WanTransformer3DModel, recipe: Recipe
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the blocks' matrices and AdamW for all else, with their learning rates.
 
-    Stills first, then the first three latent frames, then whole clips: digits and their names are
-    learned from many cheap samples.
+    In equal time, Muon's loss was that of three to four times as many steps of AdamW alone.
     """
-    if fraction < recipe.still_share:
-        return 1, 4 * recipe.flow_batch
-    if fraction < recipe.still_share + recipe.short_share:
-        return 3, 2 * recipe.flow_batch
-    return LATENT_FRAMES, recipe.flow_batch
+    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2 and min(p.shape) > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in transformer.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=recipe.flow_matrix_rate, weight_decay=0.01)
+    adamw = torch.optim.AdamW(others, lr=recipe.flow_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    return [(muon, recipe.flow_matrix_rate), (adamw, recipe.flow_rate)]
 
 
 def train_transformer(pipeline: WanPipeline, recipe: Recipe) -> None:
@@ -359,23 +360,21 @@ def train_transformer(pipeline: WanPipeline, recipe: Recipe) -> None:
     rows = torch.tensor([known.index(text) for text in texts])
     transformer = pipeline.transformer.train()
     average = copy.deepcopy(transformer).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=recipe.flow_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizers = flow_optimizers(transformer, recipe)
     losses: list[float] = []
     start = time.perf_counter()
     for step in range(recipe.flow_steps):
-        share = cosine_rate(step, recipe.flow_steps, min(100, recipe.flow_steps // 2))
-        optimizer.param_groups[0]["lr"] = recipe.flow_rate * share
-        num_frames, batch = stage(step / recipe.flow_steps, recipe)
-        chosen = torch.randint(len(pool), (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < 0.1
+        share = cosine_rate(step, recipe.flow_steps, min(50, recipe.flow_steps // 2))
+        chosen = torch.randint(len(pool), (recipe.flow_batch,), generator=generator)
+        dropped = torch.rand(recipe.flow_batch, generator=generator) < 0.1
         text = embeddings[torch.where(dropped, len(known), rows[chosen])]
-        loss = flow_loss(transformer, pool[chosen, :, :num_frames], text, generator)
+        loss = flow_loss(transformer, pool[chosen], text, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, rate in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * share
+            optimizer.step()
+            optimizer.zero_grad()
         update_average(average, transformer, min(recipe.ema_decay, (step + 1) / (step + 10)))
         losses.append(loss.item())
         if step % 50 == 49 or step == recipe.flow_steps - 1:
@@ -680,8 +679,8 @@ Made by `scripts/build_video_models.py` (seed {seed}), from scratch and offline:
   are 9 latent frames of 8 by 8), {vae_steps} steps on clips of 5 and of 17 frames. It encodes 4
   frames at a time, so 1 plus a multiple of 4 frames, and decodes any number;
 - transformer: `WanTransformer3DModel`, patch (1, 2, 2), {parameters:.2f} M parameters stored in
-  float16, {flow_steps} steps of flow matching on clips from {pool}: stills, then 3 latent frames,
-  then whole clips, {flow_batch} at a time; one caption in ten is empty; averaged weights;
+  float16, {flow_steps} steps of flow matching on {flow_batch} clips of {pool}, with Muon for its
+  matrices and AdamW for the rest; one caption in ten is empty; averaged weights;
 - scheduler: `FlowMatchEulerDiscreteScheduler` with a static shift of {shift}.
 
 Three in four scans of each digit were used; the others are held out.
@@ -713,8 +712,8 @@ components of centered frames and what they leave out, and the same of the frame
 against real clips of held-out scans; other such clips, as many, are `real_frechet` away. Flicker:
 second differences, 1 as in real clips. All from the saved float16 weights.
 
-It draws the named digit more often than the named motion, and digits change shape along a clip:
-`motion_32` and `frechet_32` are far from real. It was trained too briefly on whole clips.
+The motion is nearly always the named one; what is wrong is mostly the digit (`digit_32`). Its clips
+are further from real ones (`frechet_32`) than the autoencoder alone makes them (`vae_frechet`).
 
 {rest}"""
 
@@ -773,14 +772,21 @@ def load_pipeline(folder: Path) -> WanPipeline:
     return pipeline
 
 
-def build_teacher(folder: Path, recipe: Recipe) -> None:
-    """Builds, trains, saves and measures the bidirectional model."""
-    judge = MovingDigitsJudge()
+def build_autoencoder(folder: Path, recipe: Recipe) -> None:
+    """Builds the pipeline, and trains its autoencoder; its transformer is not trained yet."""
     pipeline = build_pipeline(recipe)
     train_vae(pipeline.vae, recipe)
     set_latent_statistics(pipeline.vae, recipe)
-    train_transformer(pipeline, recipe)
     save_pipeline(pipeline, folder)
+
+
+def build_teacher(folder: Path, recipe: Recipe) -> None:
+    """Trains the bidirectional transformer anew, and saves and measures the pipeline."""
+    judge = MovingDigitsJudge()
+    pipeline = load_pipeline(folder)
+    pipeline.transformer = build_transformer(recipe.seed)
+    train_transformer(pipeline, recipe)
+    pipeline.transformer.half().save_pretrained(folder / "transformer")
     saved = load_pipeline(folder)
     results = {
         "stock_difference": stock_difference(saved),
@@ -859,6 +865,8 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
     recipe = QUICK if options.quick else Recipe()
     teacher = options.output / "moving-digits"
+    if options.only in (None, "autoencoder"):
+        build_autoencoder(teacher, recipe)
     if options.only in (None, "teacher"):
         build_teacher(teacher, recipe)
     if options.only in (None, "rewards"):

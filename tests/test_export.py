@@ -186,6 +186,7 @@ def test_a_pipeline_with_the_adapter_merged_is_complete(
     export_pipeline(family, student.network, tmp_path / "out", adapter="student")
     pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "out"))
     assert type(pipeline) is PIPELINES[name]
+    assert str(root) not in (tmp_path / "out" / "transformer" / "config.json").read_text()
     torch.testing.assert_close(piped(pipeline, family), sampled(family, student), atol=1e-5, rtol=0)
     again = family_of(name, tmp_path / "out" / "..", single_file=None)
     again.path = str(tmp_path / "out")

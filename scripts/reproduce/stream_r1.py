@@ -6,7 +6,7 @@ after another. (Without temporal factoring the reference weighs places over the 
 each frame is weighed alone, so that a rung changes one thing.) All arms share data, noise and
 number of updates, and are measured on captions kept from training.
 
-    python scripts/reproduce/stream_r1.py         # about 25 minutes on 2 cores
+    python scripts/reproduce/stream_r1.py         # about 45 minutes on 2 cores
 
 Writes results.json, figure.png, samples.gif, long.gif and README.md to samples/stream-r1.
 """
@@ -56,14 +56,14 @@ ARMS = {
 }
 SHOWN = ("reward/visual", "reward/motion", "reward/text", "frechet", "drift/frechet")
 HEADERS = ("visual", "motion", "text", "Frechet", "Frechet drift")
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 SMALL = ["data.batch_size=8", "method.student_every=3", "train.lr=2.0e-4"]
-"""Fewer clips and more updates than in the bundled configs: a run takes two minutes on one core."""
+"""Fewer clips and more updates than in the bundled configs: a run takes three minutes on one core."""
 
 
 def measure(session: Session, model: Role, name: str, how: Sampling) -> dict[str, float]:
     """Return everything that ``evaluate --suite video`` measures, from one seed of noise."""
-    chosen = {"prompts": str(HELD_OUT), "num_images": 2, "reward_batch": 16}
+    chosen = {"prompts": str(HELD_OUT), "num_images": 4, "reward_batch": 16}
     settings = parse_settings(session.config.evaluate | chosen)
     rows = video(session, {name: model}, lambda _: how, make_scene(session, settings), 1)
     return {row.metric: row.mean for row in rows}
@@ -175,7 +175,7 @@ def readme(results: dict[str, Any]) -> str:
         "",
         f"Made by `python scripts/reproduce/stream_r1.py --seeds {seeds} --steps "
         f"{results['steps']}`: {results['steps']} steps of 8 clips, every third trains the "
-        "student. Captions kept from training, 32 streams five times as long as a training clip; "
+        "student. Captions kept from training, 64 streams five times as long as a training clip; "
         "their first 17 frames are the clips, and drift is the last 17 less the first. Rewards are "
         f"z-scores of `digits-video`. Mean and standard deviation over {seeds} training seeds.",
         "",
@@ -208,8 +208,8 @@ def readme(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=225)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "samples" / "stream-r1")
     arguments = parser.parse_args()
