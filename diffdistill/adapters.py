@@ -101,14 +101,14 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
 
 
 def save_lora(
-    factors: Mapping[str, Tensor], folder: Path, *, base: str, rank: int, alpha: float
+    factors: Mapping[str, Tensor], folder: Path, *, base: str | None, rank: int, alpha: float
 ) -> None:
     """Write a LoRA of a causal language model as peft does.
 
     Args:
         factors: By name, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``.
         folder: Where to write.
-        base: Where its base is.
+        base: Where its base is; None leaves it out.
         rank: Rank of the update.
         alpha: The update is scaled with ``alpha / rank``.
     """

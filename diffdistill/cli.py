@@ -181,7 +181,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="few-step (images), video, or vbench (files for its harness); of texts: text "
-            "(likelihood of the data), or lm-eval."
+            "(likelihood of the data), python, or lm-eval."
         ),
     ] = None,
     checkpoint: Checkpoint = "latest",

@@ -75,7 +75,8 @@ def export_language_lora(
 ) -> Path:
     """Write a LoRA for ``peft.PeftModel.from_pretrained(base, folder)``; return the folder.
 
-    The tokenizer is beside it. The base is the family's checkpoint.
+    The tokenizer is beside it. The base is the family's checkpoint; it is named where it is on the
+    hub, and not where it is a folder of this machine.
 
     Args:
         family: The model family.
@@ -89,6 +90,7 @@ def export_language_lora(
     """
     check_empty(folder)
     with loading.explained(f"write {folder}"):
-        save_lora(adapter, folder, base=family.path, rank=rank, alpha=alpha)
+        base = None if Path(family.path).is_dir() else family.path
+        save_lora(adapter, folder, base=base, rank=rank, alpha=alpha)
         _save_tokenizer(family, folder)
     return folder

@@ -96,12 +96,20 @@ def test_a_lora_opens_in_peft_on_its_base(world: Path, tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     config = json.loads((written / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(world / "student")
+    assert config["base_model_name_or_path"] is None
     base = AutoModelForCausalLM.from_pretrained(str(world / "student")).eval()
     merged = PeftModel.from_pretrained(base, str(written)).merge_and_unload()
     own = restore(world / "lora").roles["student"]
     torch.testing.assert_close(logits_of(merged), role_logits(own), rtol=1e-4, atol=1e-5)
     assert AutoTokenizer.from_pretrained(str(written)).chat_template
+
+
+@pytest.mark.parametrize("layout", ["lora", "model"])
+def test_exports_name_no_folder_of_this_machine(layout: str, world: Path, tmp_path: Path) -> None:
+    written = export(world / "lora", tmp_path / "out", layout=layout)
+    files = [file for file in written.iterdir() if file.suffix != ".safetensors"]
+    assert len(files) > 2
+    assert not [file.name for file in files if str(world) in file.read_text()]
 
 
 def test_a_network_with_a_head_of_its_own_is_whole(world: Path, tmp_path: Path) -> None:

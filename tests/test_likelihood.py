@@ -227,7 +227,9 @@ def test_the_suite_measures_models_with_their_own_tokenizers(world: Path, tmp_pa
 def test_suites_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(text_values(world)))
-    with pytest.raises(UserError, match=r"no suite 'video' for texts; there is text, lm-eval"):
+    with pytest.raises(
+        UserError, match=r"no suite 'video' for texts; there is text, python, lm-eval"
+    ):
         evaluate(str(path), suite="video")
     with pytest.raises(
         UserError, match=r"no suite 'text' for images and videos; there is few-step"

@@ -312,7 +312,9 @@ def test_pictures_of_texts_are_refused(world: Path, tmp_path: Path) -> None:
     for ask in (preview, sample):
         with pytest.raises(UserError, match="family bd3lm makes texts, not images or videos"):
             ask(str(file))
-    with pytest.raises(UserError, match="no suite 'few-step' for texts; there is text, lm-eval"):
+    with pytest.raises(
+        UserError, match="no suite 'few-step' for texts; there is text, python, lm-eval"
+    ):
         evaluate(str(file), suite="few-step")
 
 

@@ -18,7 +18,7 @@ from diffdistill.sampling import makes_videos
 from diffdistill.session import Session
 
 SUITES = ("few-step", "video", "vbench")
-TEXT_SUITES = ("text", "lm-eval")
+TEXT_SUITES = ("text", "python", "lm-eval")
 
 
 def evaluate(
@@ -38,8 +38,8 @@ def evaluate(
 
     Args:
         source: A run's folder, or a config (before any training).
-        suite: ``few-step``, ``video`` or ``vbench``, of texts ``text`` or ``lm-eval``; None is
-            the first.
+        suite: ``few-step``, ``video`` or ``vbench``, of texts ``text``, ``python`` or
+            ``lm-eval``; None is the first.
         checkpoint: Which checkpoint of a run.
         output: The JSON file; None is that of the run, and none for a config. For ``vbench`` the
             folder; None is ``vbench`` in the run's folder, or here.

@@ -13,6 +13,7 @@ from diffdistill.checkpoints import write_atomic
 from diffdistill.commands.sessions import models, open_session, render
 from diffdistill.errors import MissingExtra
 from diffdistill.evaluation.likelihood import HeldOut, MonteCarlo, held_out
+from diffdistill.evaluation.python_suite import Measured, measure_python, read_python
 from diffdistill.evaluation.text_settings import TextEvaluateSettings, parse_text_settings
 from diffdistill.runs import versions
 from diffdistill.sampling import inference
@@ -25,12 +26,13 @@ def evaluate_text(
     """Measure text models and return a table, after all that its numbers depend on.
 
     ``text`` bounds the likelihood of the config's data (set data.path to texts held out);
+    ``python`` measures answers, infilling and the distance to the teacher on chats about Python;
     ``lm-eval`` runs tasks of EleutherAI's harness. What is found goes, with the settings, into
     ``evaluation-SUITE.json`` of a run's folder, and the harness's samples beside it.
 
     Args:
         source: A run's folder, or a config (before any training).
-        suite: ``text`` or ``lm-eval``.
+        suite: ``text``, ``python`` or ``lm-eval``.
         checkpoint: Which checkpoint of a run.
         output: The JSON file; None is that of the run, and none for a config.
         overrides: ``section.key=value`` changes of the config, such as evaluate.num_draws=128.
@@ -46,8 +48,7 @@ def evaluate_text(
         output = Path(source) / f"evaluation-{suite}.json"
     origin = {"source": source, "checkpoint": checkpoint, "overrides": list(overrides)}
     with inference(session):
-        measure = _text if suite == "text" else _lm_eval
-        return measure(session, settings, output, origin)
+        return MEASURES[suite](session, settings, output, origin)
 
 
 def _text(
@@ -56,7 +57,6 @@ def _text(
     output: Path | None,
     origin: Mapping[str, Any],
 ) -> str:
-    usual = ["base", *(n for n in ("student", "teacher") if n in session.roles.by_name)]
     monte_carlo = MonteCarlo(
         num_draws=settings.num_draws,
         antithetic=settings.antithetic,
@@ -64,21 +64,63 @@ def _text(
         batch_size=settings.batch_size,
     )
     rows = []
-    for name, role in models(session, settings.roles or usual).items():
+    for name, role in models(session, _roles(session, settings)).items():
         rows.append(held_out(session, name, role, monte_carlo, settings.max_examples))
         print(f"{name}: {rows[-1].nelbo:.4g} nats per token", file=sys.stderr, flush=True)
+    told = _account(session, settings, origin, rows, output)
+    return f"{told}\n{text_table(rows)}"
+
+
+def _python(
+    session: Session,
+    settings: TextEvaluateSettings,
+    output: Path | None,
+    origin: Mapping[str, Any],
+) -> str:
+    chosen = models(session, _roles(session, settings))
+    shown = read_python(session, chosen, settings.max_examples)
+    rows = []
+    for row in measure_python(session, chosen, shown, settings):
+        rows.append(row)
+        print(f"{row.model}: {row.metric} {row.value:.4g}", file=sys.stderr, flush=True)
+    told = _account(session, settings, origin, rows, output)
+    found = {(row.metric, row.model): _cell(row) for row in rows}
+    metrics = dict.fromkeys(row.metric for row in rows)
+    lines = [[m, *(found.get((m, name), "") for name in chosen)] for m in metrics]
+    counts = f"{len(shown.chats)} chats, {len(shown.texts)} texts, {shown.left_out} too long"
+    return f"{told}\n{counts}\n{render(['metric', *chosen], lines)}"
+
+
+def _cell(row: Measured) -> str:
+    return f"{row.value:.4f}" + ("" if row.error is None else f" +- {row.error:.4f}")
+
+
+def _roles(session: Session, settings: TextEvaluateSettings) -> Sequence[str]:
+    usual = ("student", "teacher")
+    return settings.roles or ["base", *(n for n in usual if n in session.roles.by_name)]
+
+
+def _account(
+    session: Session,
+    settings: TextEvaluateSettings,
+    origin: Mapping[str, Any],
+    rows: Sequence[HeldOut | Measured],
+    output: Path | None,
+) -> str:
+    """Write rows with all that they depend on; return the most of it in a line."""
     data = asdict(session.config.data)
     found = {
         **origin,
         "versions": versions(),
         "data": data,
+        "sample": asdict(session.config.answers),
         "evaluate": asdict(settings),
         "rows": [row._asdict() for row in rows],
     }
     _write(json.dumps(found, indent=1), output)
     what = f"{data['path'] or data['source']}, first {settings.max_examples or 'all'} texts"
     draws = f"{settings.num_draws} draws, antithetic {settings.antithetic}, seed {settings.seed}"
-    return f"{what}; {draws}\n{text_table(rows)}"
+    return f"{what}; {draws}"
 
 
 def text_table(rows: Sequence[HeldOut]) -> str:
@@ -171,3 +213,6 @@ def _write(text: str, output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, text.encode())
+
+
+MEASURES = {"text": _text, "python": _python, "lm-eval": _lm_eval}

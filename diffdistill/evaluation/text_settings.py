@@ -24,14 +24,14 @@ class TextEvaluateSettings:
 
     Attributes:
         roles: Models to measure: ``base`` (before training) and roles of the method. None takes
-            the student for ``lm-eval``; for ``text`` base, student and teacher.
+            the student for ``lm-eval``; for the others base, student and teacher.
         num_draws: Model calls for each text whose likelihood is bounded, each with other tokens
             hidden. dllm and LLaDA take 128.
         antithetic: Spread the numbers of hidden tokens evenly over those draws, which makes their
             mean more exact.
         seed: Seed of the hidden tokens.
         batch_size: Texts at a time.
-        max_examples: For ``text``: texts of the data, its first; None takes all.
+        max_examples: For ``text`` and ``python``: texts of the data, its first; None takes all.
         tasks: For ``lm-eval``: names of tasks or groups.
         task_paths: For ``lm-eval``: folders with further tasks (its ``include_path``).
         num_fewshot: For ``lm-eval``: examples before each question; None takes the task's own.
