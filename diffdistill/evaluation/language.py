@@ -64,11 +64,13 @@ class Answered(NamedTuple):
     Attributes:
         accepted: Share of questions with an answer that was accepted.
         ended: Share of answers that came to an end in time.
+        length: Bytes of all answers, for each byte of those that the chats have.
         texts: The answers, in the order of the questions.
     """
 
     accepted: float
     ended: float
+    length: float
     texts: list[str]
 
 
@@ -229,20 +231,17 @@ def answering(
 
     Args:
         role: The model.
-        examples: The chats; their last messages are not shown.
+        examples: Chats that end with a question and its answer, which is not shown.
         draws: Random numbers.
-        accept: Whether a question (the last one) has been answered by a text.
+        accept: Whether a question has been answered by a text.
         unmasking: How the tokens of an answer settle.
         max_tokens: Tokens of an answer.
         batch_size: Questions in a call.
     """
     family = language_family(role)
     sampler = family.sampler(role.network, unmasking=unmasking, max_tokens=max_tokens)
-    prompts = [
-        chat_tokens(family.tokenizer, example.messages[:-1])
-        for example in examples
-        if example.messages is not None
-    ]
+    chats = [example.messages for example in examples if example.messages is not None]
+    prompts = [chat_tokens(family.tokenizer, messages[:-1]) for messages in chats]
     answers: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         asked = prompts[start : start + batch_size]
@@ -250,9 +249,14 @@ def answering(
         with role.acting(family.device):
             answers += [tokens.tolist() for tokens in sampler.sample(asked, draws, ids)]
     texts = [decoded(family, tokens) for tokens in answers]
-    accepted = [accept(e.prompt, text) for e, text in zip(examples, texts, strict=True)]
-    ended = [tokens[-1] in family.end_ids for tokens in answers]
-    return Answered(sum(accepted) / len(texts), sum(ended) / len(texts), texts)
+    pairs = zip(chats, texts, strict=True)
+    accepted = sum(accept(messages[-2]["content"], text) for messages, text in pairs)
+    ended = sum(tokens[-1] in family.end_ids for tokens in answers)
+    said, expected = (
+        sum(len(text.encode()) for text in side)
+        for side in (texts, [messages[-1]["content"] for messages in chats])
+    )
+    return Answered(accepted / len(texts), ended / len(texts), said / expected, texts)
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ SHOWN = {
     "infilling": "spans filled in",
     "infilling/tokens": "their tokens",
     "valid": "answers that parse",
+    "length": "their length",
     "dense": "KL to dense",
     "moe": "chunk KL to MoE",
 }
@@ -126,9 +127,10 @@ class World:
         filled = [infilling(role, self.chats, Draws(seed)) for seed in range(3)]
         results["infilling"] = statistics.fmean(f.exact for f in filled)
         results["infilling/tokens"] = statistics.fmean(f.tokens for f in filled)
-        fast = Unmasking(num_steps=8)
-        answered = answering(role, self.chats, Draws(0), completes, unmasking=fast)
-        return results | {"valid": answered.accepted, "ended": answered.ended}
+        exact = Unmasking(schedule="first-hitting", temperature=1.0)
+        answered = answering(role, self.chats, Draws(0), completes, unmasking=exact)
+        results |= {"valid": answered.accepted, "ended": answered.ended}
+        return results | {"length": answered.length}
 
     def measure_student(self, role: Role) -> dict[str, float]:
         """Return the same of a student, and how far it is from both teachers."""
@@ -202,7 +204,7 @@ def cell(found: list[float]) -> str:
 def draw(results: dict[str, Any], output: Path) -> None:
     """Write the figure: a panel for each number, a point for each arm."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    keys = [key for key in SHOWN if key != "infilling/tokens"]
+    keys = [key for key in SHOWN if key not in ("infilling/tokens", "length")]
     for panel, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         for place, arm in enumerate(ARMS):
             found = values(results, arm, key)
@@ -232,7 +234,8 @@ def readme(results: dict[str, Any]) -> str:
         f"{seeds} training seeds; the masks of the measurements are the same for all. Bits per "
         "byte are bounds, whose Monte Carlo error is in results.json. KL to dense is KL(teacher || "
         "student) of a hidden token, chunk KL to MoE the KL of the event that a hidden chunk is "
-        "the right one, both in nats.",
+        "the right one, both in nats. Answers are exact samples, their length is relative to that "
+        "of the right ones.",
         "",
         "![all arms](figure.png)",
         "",
