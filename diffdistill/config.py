@@ -240,7 +240,10 @@ def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, Role
     roles = {}
     for name, default in known.items():
         where = f"{origin}: roles.{name}"
-        roles[name] = parse(RoleSettings, {**default, **_section(given.get(name), where)}, where)
+        values = {**default, **_section(given.get(name), where)}
+        if values.get("family") is not None:
+            values["family"] = _named(values, "family", where)
+        roles[name] = parse(RoleSettings, values, where)
     return roles
 
 

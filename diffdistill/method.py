@@ -17,10 +17,12 @@ class Method(ABC):
     Attributes:
         roles: The settings of each role where a config file says nothing (see ``roles``).
         streams: Whether the student streams, and the family must be able to.
+        texts: Whether it is for language models, and ``family`` a ``texts.TextFamily``.
     """
 
     roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     streams: ClassVar[bool] = False
+    texts: ClassVar[bool] = False
 
     @abstractmethod
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:

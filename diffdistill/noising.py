@@ -5,6 +5,7 @@ share of kept tokens is ``1 - t``). A *span* is what shares one t: the whole seq
 LLaDA, dllm) or one block (BD3LM, arXiv:2503.09573). Random numbers are keyed by sample.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -50,6 +51,8 @@ class MaskNoise:
             over a sample's own spans, 0 draws each alone.
         resample: Mask a span again where the share of masked tokens came out outside of
             [low, high] (``training.resample`` of bd3lms).
+        length: Tokens of the longest row, where batches may be filled up to different lengths:
+            noise levels then depend on the sample alone. None takes the rows as they are.
     """
 
     mask_id: int
@@ -58,6 +61,7 @@ class MaskNoise:
     high: float = 1.0
     stratify: int = 1
     resample: bool = False
+    length: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse an interval that is none."""
@@ -87,8 +91,9 @@ class MaskNoise:
                 or not at all (see ``with_whole_chunks``).
         """
         length = clean.shape[1]
-        num_spans = -(-length // (self.block or length))
-        t = span_times(draws, f"{purpose}/t", ids, num_spans, stratify=self.stratify)
+        num_spans = math.ceil(length / (self.block or length))
+        drawn = math.ceil((self.length or length) / self.block) if self.block else 1
+        t = span_times(draws, f"{purpose}/t", ids, drawn, stratify=self.stratify)[:, :num_spans]
         t = self.low + (self.high - self.low) * t
         level = per_token(t, length, self.block)
         numbers = uniform(draws, f"{purpose}/token", ids, (length,))

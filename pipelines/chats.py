@@ -185,6 +185,33 @@ def cut_pair(pair: tuple[Row, Row], lengths: tuple[int, int]) -> tuple[Row, Row]
     return ours, theirs
 
 
+def split_pair(pair: tuple[Row, Row], lengths: tuple[int, int]) -> Iterator[tuple[Row, Row]]:
+    """Yield parts of a text that is too long for ``lengths``, cut where both sides have a chunk.
+
+    Parts are as long as both sides allow. Where no chunk ends in time, the rest is left as it is
+    (see ``cut_pair``).
+    """
+    ours, theirs = pair
+    lasts = [{c: i + 1 for i, c in enumerate(row.chunks) if c >= 0} for row in pair]
+    ends = [(lasts[0][chunk], lasts[1][chunk]) for chunk in lasts[0]]
+    start = (0, 0)
+    while any(len(row.tokens) - at > n for row, at, n in zip(pair, start, lengths, strict=True)):
+        fitting = [
+            stop
+            for stop in ends
+            if all(0 < b - a <= n for a, b, n in zip(start, stop, lengths, strict=True))
+        ]
+        if not fitting:
+            break
+        stop = max(fitting)
+        yield _numbered(ours.part(start[0], stop[0])), _numbered(theirs.part(start[1], stop[1]))
+        start = stop
+    yield (
+        _numbered(ours.part(start[0], len(ours.tokens))),
+        _numbered(theirs.part(start[1], len(theirs.tokens))),
+    )
+
+
 def pack(rows: Iterable[Row], length: int, *, pad: int, end: int | None = None) -> Iterator[Row]:
     """Yield rows of exactly ``length`` tokens, filled with one document after the other.
 
@@ -202,7 +229,7 @@ def pack(rows: Iterable[Row], length: int, *, pad: int, end: int | None = None) 
         tail = [] if end is None else [end]
         tokens, maskable = row.tokens + tail, row.maskable + [True] * len(tail)
         size = len(tokens)
-        pending = _joined(pending, Row(tokens, maskable, [-1] * size, [number] * size))
+        pending = joined(pending, Row(tokens, maskable, [-1] * size, [number] * size))
         while len(pending.tokens) >= length:
             yield _renumbered(pending.part(0, length))
             pending = pending.part(length, len(pending.tokens))
@@ -237,7 +264,7 @@ def pack_pairs(
                 chunks=[c if c < 0 else c + chunk for c in row.chunks],
                 documents=[document] * len(row.tokens),
             )
-            pending[side] = _joined(pending[side], moved)
+            pending[side] = joined(pending[side], moved)
         chunk += max((c for row in pair for c in row.chunks), default=-1) + 1
         document += 1
     if document:
@@ -339,7 +366,8 @@ def _plain(spelling: Spelling, chunks: list[int]) -> Row:
     return Row(list(spelling.tokens), maskable, chunks, [0] * len(maskable))
 
 
-def _joined(first: Row, second: Row) -> Row:
+def joined(first: Row, second: Row) -> Row:
+    """Return the tokens of one row and then of the other."""
     return Row(
         first.tokens + second.tokens,
         first.maskable + second.maskable,
@@ -352,7 +380,13 @@ def _padded(row: Row, length: int, pad: int) -> Row:
     more = length - len(row.tokens)
     assert more >= 0
     filler = Row([pad] * more, [False] * more, [-1] * more, [-1] * more)
-    return _joined(row, filler)
+    return joined(row, filler)
+
+
+def _numbered(row: Row) -> Row:
+    """Return a row whose chunks are counted from 0."""
+    first = min((chunk for chunk in row.chunks if chunk >= 0), default=0)
+    return row._replace(chunks=[chunk if chunk < 0 else chunk - first for chunk in row.chunks])
 
 
 def _renumbered(row: Row) -> Row:

@@ -47,7 +47,9 @@ def json_schema() -> str:
     properties = {name: _schema(cls) for name, cls in SECTIONS.items()}
     for kind in ("method", "family"):
         properties[kind] = {"oneOf": [_named(kind, n) for n in sorted(catalog.names(kind))]}
-    properties["roles"] = {"type": "object", "additionalProperties": _schema(RoleSettings)}
+    role = _schema(RoleSettings)
+    role["properties"]["family"] |= {"anyOf": [{"$ref": "#/properties/family"}, {"type": "null"}]}
+    properties["roles"] = {"type": "object", "additionalProperties": role}
     properties["evaluate"] = _schema(EvaluateSettings)
     own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]

@@ -1,6 +1,5 @@
 """``diffdistill train``: everything around the training loop."""
 
-import math
 import os
 import signal
 import tempfile
@@ -11,18 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.config import RunConfig
-from diffdistill.data.batches import make_batches
-from diffdistill.data.cache import EncodedDataset
-from diffdistill.data.dataset import open_dataset
-from diffdistill.data.stream import Stream
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.estimates import describe
 from diffdistill.evaluation.few_step import parse_settings
+from diffdistill.feeding import Feed, open_feed
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
 from diffdistill.session import Session, build, load_rewards
@@ -87,7 +81,7 @@ class Run(NamedTuple):
     trainer: Trainer
     batches: Generator[Batch]
     checkpoints: Checkpoints
-    painter: Painter
+    painter: Painter | None
 
 
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
@@ -96,8 +90,8 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     session = build(config, distributed.device)
     if hasattr(session.method, "reward"):
         load_rewards(session.method.reward)
-    encoded = _encoded(session, output, distributed)
-    painter = Painter(session, encoded, output, main=distributed.main)
+    feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
+    painter = _painter(session, feed, output, distributed)
     checkpoints = Checkpoints(output, config.train.keep)
     snapshot = None
     if resume is not None and (resume != "latest" or checkpoints.names()):
@@ -106,7 +100,7 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
             _say(distributed, f"{problem}; falling back to {path.name}")
     distributed.shard(session.roles.networks())
     samples = 0 if snapshot is None else snapshot.state["samples"]
-    batches = _batches(session, encoded, distributed, samples)
+    batches = feed.after(samples, session, distributed)
     trainer = Trainer(session, batches, distributed)
     if snapshot is not None:
         trainer.load(snapshot, path)
@@ -114,35 +108,19 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     return Run(trainer, batches, checkpoints, painter)
 
 
-def _encoded(session: Session, output: Path, distributed: Distributed) -> EncodedDataset:
-    data = session.config.data
-    dataset = open_dataset(data)
-    origin = dataset.first_without_image()
-    if session.method.needs_images() and origin is not None:
-        name = session.config.method["name"]
-        raise UserError(f"{origin}: method {name} needs an image for every prompt")
-    folder = Path(data.cache) if data.cache else output / "cache"
-    encoded = EncodedDataset(dataset, session.family, folder)
+def _painter(
+    session: Session, feed: Feed, output: Path, distributed: Distributed
+) -> Painter | None:
+    """Return what draws pictures of the run; None of texts.
 
-    def progress(done: int, total: int) -> None:
-        _say(distributed, f"encoded {done}/{total}")
-
-    with torch.no_grad():
-        encoded.prepare(distributed.rank, distributed.world, progress)
-    distributed.wait()
-    return encoded
-
-
-def _batches(
-    session: Session, encoded: EncodedDataset, distributed: Distributed, samples: int
-) -> Generator[Batch]:
-    """Return this rank's batches, after those that ``samples`` were drawn for on all ranks."""
-    data, train = session.config.data, session.config.train
-    dataset = encoded.dataset
-    stream = Stream(dataset.groups, data.batch_size, train.seed, repeats=data.repeats)
-    start = math.ceil(samples / (data.batch_size * distributed.world))
-    order = stream.for_rank(distributed.rank, distributed.world, start)
-    return make_batches(encoded, session.family, order, session.draws)
+    Raises:
+        UserError: If pictures of texts are asked for.
+    """
+    if feed.encoded is not None:
+        return Painter(session, feed.encoded, output, main=distributed.main)
+    if session.config.sample.every is not None:
+        raise UserError("sample.every draws pictures, and this run is of texts: leave it out")
+    return None
 
 
 def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -> None:
@@ -162,7 +140,7 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
                 snapshot = trainer.snapshot()
                 if distributed.main:
                     checkpoints.save(step, snapshot)
-            for name, path in run.painter.after_step(step):
+            for name, path in run.painter.after_step(step) if run.painter else ():
                 tracker.picture(step, name, path)
             return not stop
 
