@@ -164,7 +164,10 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     output: Annotated[Path, typer.Argument(help="A folder, or a .safetensors file.")],
     layout: Annotated[
-        str, typer.Option(help="lora, pipeline, single-file, comfyui-lora; auto: lora or pipeline.")
+        str,
+        typer.Option(
+            help="lora, pipeline, single-file, comfyui-lora, model (of texts); auto: what fits."
+        ),
     ] = "auto",
     role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
     checkpoint: Checkpoint = "latest",

@@ -214,6 +214,11 @@ ZEROS = "zeros:"
 The latents of a video to be generated would be megabytes of them."""
 
 
+SYNCED_BYTES = 2**16
+"""Smaller files (texts, of which there are many) are sooner encoded again than synchronized; what a
+crash of the machine left of one is found by ``EncodedDataset.missing``."""
+
+
 def _packed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """Return name and content as they are kept."""
     tensor = tensor.detach().cpu()
@@ -235,6 +240,7 @@ def _write(file: Path, tensors: Encoded) -> None:
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as stream:
         stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+        if len(content) >= SYNCED_BYTES:
+            stream.flush()
+            os.fsync(stream.fileno())
     unfinished.replace(file)
