@@ -95,6 +95,25 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     return temperature**2 * (ours.exp() * (ours - theirs)).sum(dim=-1)
 
 
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the total variation distance of the softmax of logits, ``[...]``, in [0, 1].
+
+    Half the L1 distance of the probabilities, a loss of SDTT (arXiv:2410.21035). Its code has
+    the L1 distance of the log-probabilities under this name.
+    """
+    ours, theirs = _log_softmax(student, teacher, 1.0)
+    return 0.5 * (ours.exp() - theirs.exp()).abs().sum(dim=-1)
+
+
+def logprob_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the squared error of log-probabilities, a mean over the vocabulary, ``[...]``.
+
+    The mean squared error of SDTT, in its code. Tokens that are impossible to both count 0.
+    """
+    ours, theirs = _log_softmax(student, teacher, 1.0)
+    return (ours - theirs).nan_to_num(nan=0.0).square().mean(dim=-1)
+
+
 @torch.no_grad()
 def tidal_logits(student: Tensor, teacher: Tensor, rate: Tensor) -> Tensor:
     """Return the target between two logits ``[..., V]``, a constant, float32.
