@@ -31,10 +31,12 @@ METHODS = {
 FAMILIES = {
     "bd3lm": "diffdistill.pipelines.bd3lm:BD3LM",
     "flux2-klein": "diffdistill.pipelines.flux2_klein:Flux2Klein",
+    "llada2": "diffdistill.pipelines.llada2:LLaDA2",
     "mdlm": "diffdistill.pipelines.mdlm:MDLM",
     "toy": "diffdistill.pipelines.toy:Toy",
     "wan": "diffdistill.pipelines.wan:Wan",
     "wan-streaming": "diffdistill.pipelines.wan_streaming:WanStreaming",
+    "wedlm": "diffdistill.pipelines.wedlm:WeDLM",
     "z-image": "diffdistill.pipelines.z_image:ZImage",
 }
 

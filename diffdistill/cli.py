@@ -164,7 +164,10 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     output: Annotated[Path, typer.Argument(help="A folder, or a .safetensors file.")],
     layout: Annotated[
-        str, typer.Option(help="lora, pipeline, single-file, comfyui-lora; auto: lora or pipeline.")
+        str,
+        typer.Option(
+            help="lora, pipeline, single-file, comfyui-lora, model (of texts); auto: what fits."
+        ),
     ] = "auto",
     role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
     checkpoint: Checkpoint = "latest",
@@ -173,6 +176,28 @@ def export(
     from diffdistill.commands.export import export as command
 
     typer.echo(command(run, output, layout=layout, role=role, checkpoint=checkpoint))
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="An autoregressive LM: a folder, or a hub id.")],
+    output: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    to: Annotated[
+        str, typer.Option(help="The family: bd3lm (block diffusion), mdlm (whole rows).")
+    ] = "bd3lm",
+    mask_token: Annotated[
+        str | None, typer.Option(help="Spelling of the mask token, where there is none.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: bf16, fp16, fp32.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Make an autoregressive language model one of diffusion, to be trained as such."""
+    from diffdistill.commands.convert import convert as command
+
+    text = command(model, output, to=to, mask_token=mask_token, dtype=dtype, revision=revision)
+    typer.echo(text)
 
 
 @app.command("list")

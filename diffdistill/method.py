@@ -28,6 +28,14 @@ class Method(ABC):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield each loss in turn. The trainer back-propagates one before asking for the next."""
 
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return numbers of a batch whose sum over the optimizer step ``losses`` must know.
+
+        For a mean over other things than a loss counts. They must not depend on a model. Without
+        any, micro-batches are read one after the other.
+        """
+        return {}
+
     def needs_images(self) -> bool:
         """Return whether every example must have an image."""
         return False

@@ -103,8 +103,8 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     if config.train.compile:
         if any(role.head is not None for role in roles.by_name.values()):
             raise UserError("train.compile cannot be combined with a role's head: true")
-        for network in roles.networks():
-            network.compile()
+        for network in roles.networks():  # of language models, what is called
+            getattr(network, "base_model", network).compile()
     read = _read_by(config, family, others)
     method = _wire(config, read, roles, draws)
     return Session(config, read, roles, method, draws, device)

@@ -22,6 +22,7 @@ from diffdistill.checkpoints import (
 )
 from diffdistill.distributed import Distributed, clip_gradients
 from diffdistill.errors import UserError
+from diffdistill.method import Method
 from diffdistill.optimizers import make_optimizer
 from diffdistill.roles import copy_parameters
 from diffdistill.schedules import learning_rate_factor
@@ -90,21 +91,36 @@ class Trainer:
             UserError: After ``max_bad_steps`` consecutive steps that were not finite.
         """
         started = time.perf_counter()
-        progress = Progress(self.step, self.settings.steps)
         self._seed_globals()
+        batches, counts = self._counted()
+        progress = Progress(self.step, self.settings.steps, counts)
         sums = Sums()
         for micro in range(self.settings.accumulate):
             last = micro + 1 == self.settings.accumulate
-            self._accumulate(next(self.batches), progress, sums, last=last)
+            self._accumulate(next(batches), progress, sums, last=last)
         self.distributed.reshard(self.session.roles.networks())
-        metrics, counts = sums.means(self.distributed)
-        metrics |= self._update(progress, metrics, counts)
+        metrics, totals = sums.means(self.distributed)
+        metrics |= self._update(progress, metrics, totals)
         self.step += 1
         batch_size = self.session.config.data.batch_size
         self.samples += self.distributed.world * self.settings.accumulate * batch_size
         metrics["seconds"] = time.perf_counter() - started
         metrics["peak_memory_gib"] = peak_memory(self.session.device) / 2**30
         return metrics
+
+    def _counted(self) -> tuple[Iterator[Batch], dict[str, float]]:
+        """Return the micro-batches of a step, and what its method counts in them on all ranks."""
+        method = self.session.method
+        if type(method).counts is Method.counts:
+            return self.batches, {}
+        batches = [next(self.batches) for _ in range(self.settings.accumulate)]
+        sums: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            for name, count in method.counts(batch).items():
+                sums[name] += count
+        device = self.distributed.device
+        totals = {name: torch.tensor(count, device=device) for name, count in sums.items()}
+        return iter(batches), self.distributed.total(totals)
 
     def _accumulate(self, batch: Batch, progress: Progress, sums: Sums, *, last: bool) -> None:
         for loss in self.session.method.losses(batch, progress):

@@ -95,10 +95,17 @@ class BlockRollout(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far training has come."""
+    """How far training has come.
+
+    Attributes:
+        step: Optimizer steps taken.
+        total: Those of the whole run.
+        counts: What ``Method.counts`` comes to over all micro-batches and ranks of this step.
+    """
 
     step: int
     total: int
+    counts: Mapping[str, float] = {}
 
     @property
     def fraction(self) -> float:

@@ -7,13 +7,9 @@ message is looked up in either text, and the tokens of the two are paired inside
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-
 from diffdistill.alignment import Span, Spelling, align, inside
 from diffdistill.errors import UserError
 from diffdistill.pipelines.byte_spans import Speller
-from diffdistill.texts import Text
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A chat: each message has a ``role`` and a ``content``, both strings."""
@@ -212,7 +208,7 @@ def split_pair(pair: tuple[Row, Row], lengths: tuple[int, int]) -> Iterator[tupl
     )
 
 
-def pack(rows: Iterable[Row], length: int, *, pad: int, end: int | None = None) -> Iterator[Row]:
+def pack(rows: Iterable[Row], length: int, *, pad: int) -> Iterator[Row]:
     """Yield rows of exactly ``length`` tokens, filled with one document after the other.
 
     A document that does not fit goes on in the next row; the last row is padded. Chunks are
@@ -222,14 +218,11 @@ def pack(rows: Iterable[Row], length: int, *, pad: int, end: int | None = None) 
         rows: The documents.
         length: Tokens in a row.
         pad: The token that fills the last row.
-        end: A token to put after each document, and to learn; None puts none.
     """
     pending = Row([], [], [], [])
     for number, row in enumerate(rows):
-        tail = [] if end is None else [end]
-        tokens, maskable = row.tokens + tail, row.maskable + [True] * len(tail)
-        size = len(tokens)
-        pending = joined(pending, Row(tokens, maskable, [-1] * size, [number] * size))
+        size = len(row.tokens)
+        pending = joined(pending, row._replace(chunks=[-1] * size, documents=[number] * size))
         while len(pending.tokens) >= length:
             yield _renumbered(pending.part(0, length))
             pending = pending.part(length, len(pending.tokens))
@@ -269,24 +262,6 @@ def pack_pairs(
         document += 1
     if document:
         yield _padded(pending[0], lengths[0], pads[0]), _padded(pending[1], lengths[1], pads[1])
-
-
-def stack(rows: Sequence[Row], *, pad: int, length: int | None = None) -> tuple[Text, Tensor]:
-    """Return rows as tensors ``[B, L]``, and the document of each token, -1 for padding.
-
-    Args:
-        rows: The rows, none longer than L (see ``cut_pair``).
-        pad: The token that fills them.
-        length: L; None is the longest row.
-    """
-    size = length or max(len(row.tokens) for row in rows)
-    padded = [_padded(row, size, pad) for row in rows]
-    text = Text(
-        torch.tensor([row.tokens for row in padded]),
-        torch.tensor([row.maskable for row in padded]),
-        torch.tensor([row.chunks for row in padded]),
-    )
-    return text, torch.tensor([row.documents for row in padded])
 
 
 def _content(message: Mapping[str, Any], number: int) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from diffdistill.errors import UserError
-from diffdistill.pipelines import loading
+from diffdistill.pipelines import loading, remote_code
 from diffdistill.pipelines.block_diffusion import SPARSE_TILE, Attention
 from diffdistill.pipelines.byte_spans import Speller
 from diffdistill.pipelines.chats import Row
@@ -49,7 +49,8 @@ class LanguageFamily(ModelFamily):
         max_length: Tokens of the longest row, a multiple of ``block``.
         block: Tokens that are denoised together. An answer begins with a block, and is followed
             by end tokens, which are learned, up to the end of its last one.
-        mask_token: Spelling of the mask token; None is the tokenizer's own.
+        mask_token: Spelling of the mask token; None is the tokenizer's own, or what the network's
+            config names.
         chat_template: A file with the template (Jinja) of chats; None is the tokenizer's own.
     """
 
@@ -116,7 +117,7 @@ class LanguageFamily(ModelFamily):
         Raises:
             UserError: If there is none, or it is another kind of model, or has another tokenizer.
         """
-        folder = loading.locate(path or self.path, "", None if path else self.revision)
+        folder = self._locate(path, None) if path else self.folder
         if path is not None:
             self._check_tokenizer(folder)
         network = self._load(folder)
@@ -129,21 +130,25 @@ class LanguageFamily(ModelFamily):
 
     def _load(self, folder: Path) -> Any:
         """Return the network in a folder."""
+        remote_code.check_trusted(folder, self.trust_remote_code)
         kinds = loading.read_config(folder).get("architectures") or ["none"]
         if not self.trust_remote_code and not any(k.endswith("ForCausalLM") for k in kinds):
             raise UserError(
                 f"{folder}: needs a causal language model (...ForCausalLM), found "
                 f"{', '.join(kinds)}"
             )
+        options = self._load_options() | {"trust_remote_code": self.trust_remote_code}
+        with remote_code.explained(folder):
+            return loading.load_frozen(AutoModelForCausalLM, folder, options)
+
+    def _load_options(self) -> dict[str, Any]:
+        """Return how transformers is to load the network."""
         options: dict[str, Any] = {
             "dtype": self.weights_dtype,
             "attn_implementation": self.attention,
-            "trust_remote_code": self.trust_remote_code,
         }
         stored = loading.bitsandbytes_config(self.quantize, self.weights_dtype, "transformers")
-        if stored is not None:
-            options["quantization_config"] = stored
-        return loading.load_frozen(AutoModelForCausalLM, folder, options)
+        return options if stored is None else options | {"quantization_config": stored}
 
     def _check_tokenizer(self, folder: Path) -> None:
         """Refuse weights that go with other tokens."""
@@ -161,7 +166,10 @@ class LanguageFamily(ModelFamily):
     @property
     def folder(self) -> Path:
         """The local folder of the checkpoint."""
-        return loading.locate(self.path, "", self.revision)
+        return self._locate(self.path, self.revision)
+
+    def _locate(self, path: str, revision: str | None) -> Path:
+        return loading.locate(path, "", revision, code=self.trust_remote_code)
 
     @cached_property
     def speller(self) -> Speller:
@@ -187,6 +195,9 @@ class LanguageFamily(ModelFamily):
         words = self.tokenizer
         spelled = words.mask_token if self.mask_token is None else self.mask_token
         known = words.get_added_vocab()
+        stated = loading.read_config(self.folder).get("mask_token_id")
+        if spelled is None and stated is not None:
+            return int(stated)
         if spelled is None:
             raise UserError(
                 f"{self.path}: the tokenizer has no mask token: set mask_token to one of its "
@@ -222,6 +233,11 @@ class LanguageFamily(ModelFamily):
         return Format(self.mask_id, self.block, self.max_length)
 
     @property
+    def unit(self) -> int:
+        """What a row's prompt, and the row, are filled up to a multiple of."""
+        return self.block
+
+    @property
     def multiple(self) -> int:
         """What the length of a batch is a multiple of."""
         if self.attention != "flex_attention":
@@ -239,10 +255,10 @@ class LanguageFamily(ModelFamily):
             return row.part(0, 0)
         first = row.maskable.index(True)
         stop = len(row.maskable) - row.maskable[::-1].index(True)
-        left = -first % self.block
+        left = -first % self.unit
         kept = row.part(0, stop)
         ended = kept.tokens[-1] in self.tokenizer.all_special_ids
-        missing = -(left + stop + (not ended)) % self.block + (not ended)
+        missing = -(left + stop + (not ended)) % self.unit + (not ended)
         return Row(
             [self.pad_id] * left + kept.tokens + [self.eos_id] * missing,
             [False] * left + kept.maskable + [True] * missing,

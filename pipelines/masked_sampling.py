@@ -45,12 +45,14 @@ def denoise_all(
     mask = as_mask((~padding[:, None] | own)[:, None], attention, dtype)
     positions = ((~padding).cumsum(dim=1) - 1).clamp(min=0)
     found = project(network, noised, mask, positions)
-    return found._replace(hidden=shifted_right(found.hidden)) if shift else found
+    return found._replace(hidden=shifted_right(found.hidden, padding)) if shift else found
 
 
-def shifted_right(values: Tensor) -> Tensor:
-    """Return values ``[B, L, ...]`` one place later; the first stays as well."""
-    return torch.cat([values[:, :1], values[:, :-1]], dim=1)
+def shifted_right(values: Tensor, padding: Tensor) -> Tensor:
+    """Return values ``[B, L, H]`` one place later; at the first that is no padding, its own."""
+    later = torch.cat([values[:, :1], values[:, :-1]], dim=1)
+    first = ~padding & ((~padding).cumsum(dim=1) == 1)
+    return torch.where(first[..., None], values, later)
 
 
 @dataclass(kw_only=True)

@@ -130,8 +130,6 @@ def test_two_ranks_train_a_language_model_as_one_does(
         values = text_values(world, method, data={"batch_size": batch_size})
         values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
         values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
-        if method == "tide":  # its distillation is a mean over the chunks of a micro-batch
-            values["method"] |= {"distillation_weight": 0.0}
         runs[name] = values
     train(parse_config(runs["one"]), tmp_path / "one")
     printed = two_ranks(mode, runs["two"], tmp_path / "two")

@@ -56,7 +56,11 @@ def test_dreams_shift_moves_predictions_one_place_later() -> None:
     own = ask(network, tokens)
     torch.testing.assert_close(found[:, 1:], own[:, :-1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[:, 0], own[:, 0], rtol=1e-5, atol=1e-5)
-    assert shifted_right(torch.arange(4)[None]).tolist() == [[0, 0, 1, 2]]
+    values = torch.arange(4).repeat(2, 1)[..., None]
+    padding = torch.tensor([[False] * 4, [True] * 2 + [False] * 2])
+    shifted = shifted_right(values, padding)[..., 0]
+    assert shifted[0].tolist() == [0, 0, 1, 2]
+    assert shifted[1, 2:].tolist() == [2, 2]  # the first token after the padding, and its output
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -585,3 +585,27 @@ def test_a_token_that_one_side_cannot_predict_is_left_out_of_the_comparison() ->
             model.own[:, banned] = -torch.inf
     without_both = only_loss(method, batch).metrics["distillation"]
     torch.testing.assert_close(loss.metrics["distillation"], without_both)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_distillation_is_a_mean_over_the_chunks_of_the_step(variant: str) -> None:
+    """Micro-batches with unlike numbers of chunks have the gradient of one batch."""
+    batch = batch_for(variant, 4)
+    batch["student/maskable"] = batch["student/maskable"].clone()
+    batch["student/maskable"][3, 4:] = False
+    method = make_method(variant, distillation_weight=5.0)
+    parts = [rows_of(batch, [0, 1, 2]), rows_of(batch, [3])]
+    sums = [method.counts(part) for part in parts]
+    counts = {name: sum(part[name] for part in sums) for name in ("chunks", "tokens")}
+    assert counts == method.counts(batch)
+    assert sums[0]["chunks"] > 3 * sums[1]["chunks"]
+    progress = HALF._replace(counts=counts)
+    total = torch.zeros(())
+    student: Any = method.student
+    for part in parts:
+        loss = only_loss(method, part, progress)
+        total = total + loss.value * loss.count / counts["tokens"]
+    student.zero_grad(set_to_none=True)
+    total.backward()
+    found = torch.cat([student.own.grad.flatten(), student.context.grad.flatten()])
+    torch.testing.assert_close(found, student_gradient(method, batch))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import yaml
 from diffdistill import cli
 from diffdistill.checkpoints import Checkpoints, restore
 from diffdistill.commands.catalog import json_schema
+from diffdistill.commands.evaluate import evaluate
+from diffdistill.commands.export import export
 from diffdistill.commands.preview import preview
+from diffdistill.commands.sample import sample
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.projection import dense
 from diffdistill.session import build
 from diffdistill.trainer import Trainer
 from tests.conftest import CPU
-from tests.text_run import save_world, text_values, write_chats
+from tests.text_run import save_world, text_batch, text_values, write_chats
 from tests.toy_run import forked, losses
 
 
@@ -93,15 +98,25 @@ def test_a_run_that_is_killed_and_resumed_is_bit_identical(
     assert any("role-average" in key for key in expected) == (config.train.ema is not None)
 
 
-@pytest.mark.parametrize("data", [{}, {"streaming": True}, {"packing": True}])
+@pytest.mark.parametrize(
+    ("method", "options", "data"),
+    [
+        ("bd3lm", {"stratify": 4}, {}),
+        ("bd3lm", {"stratify": 4}, {"streaming": True}),
+        ("bd3lm", {"levels": "sequence"}, {"packing": True}),
+        ("tide", {"distillation_weight": 20.0}, {}),
+        ("tide", {"variant": "calm-tidal", "distillation_weight": 20.0}, {"streaming": True}),
+    ],
+)
 def test_two_micro_batches_of_two_take_the_step_of_one_of_four(
-    data: dict[str, Any], world: Path, tmp_path: Path
+    method: str, options: dict[str, Any], data: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:
     for name, batch_size, accumulate in (("one", 4, 1), ("two", 2, 2)):
         values = text_values(
             world,
+            method,
             data={"batch_size": batch_size} | data,
-            method={"stratify": 4},
+            method=options,
             train={"accumulate": accumulate, "steps": 3, "lr": 0.001},
         )
         train(parse_config(values), tmp_path / name)
@@ -184,6 +199,30 @@ def test_the_command_line_takes_a_config_with_a_teacher_of_another_family(
     assert saved["roles"]["teacher"]["family"]["block"] == 8
     assert saved["roles"]["teacher"]["family"]["attention"] == "sdpa"
     assert parse_config(saved).to_dict() == saved
+
+
+@pytest.mark.parametrize("name", ["bd3lm of a whole row", "tide of an adapter"])
+def test_an_exported_student_predicts_what_it_did_in_its_run(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    train(parse_config(values_of(name, world)), tmp_path / "run")
+    session = restore(tmp_path / "run", "latest", CPU)
+    assert isinstance(session.family, TextPair)
+    role = "average" if "average" in session.roles.by_name else "student"
+    export(tmp_path / "run", tmp_path / "model", role=role)
+    family = replace(session.family.student, path=str(tmp_path / "model"))
+    batch = text_batch(session.family, 2)
+    text = session.family.text(batch)
+    state = session.family.noised(batch, torch.ones(2), text.maskable)
+    condition = session.family.condition(batch)
+    with torch.no_grad():
+        expected = dense(session.roles[role](state, condition))
+        found = dense(family.predict(family.network(), state, condition))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="is not empty: export into a new folder"):
+        export(tmp_path / "run", tmp_path / "model")
+    with pytest.raises(UserError, match="not exported as lora, but as auto, model"):
+        export(tmp_path / "run", tmp_path / "other", layout="lora")
 
 
 # errors
@@ -273,5 +312,15 @@ def test_answers_that_a_long_prompt_leaves_no_room_for_are_an_error_or_left_out(
 def test_pictures_of_texts_are_refused(world: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.yaml"
     file.write_text(yaml.safe_dump(text_values(world)))
-    with pytest.raises(UserError, match="family bd3lm makes texts, not images or videos"):
-        preview(str(file))
+    for ask in (preview, sample, lambda source: evaluate(source, suite="few-step")):
+        with pytest.raises(UserError, match="family bd3lm makes texts, not images or videos"):
+            ask(str(file))
+
+
+def test_what_is_compiled_is_what_is_called(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__)
+    )
+    build(parse_config(text_values(world, train={"compile": True})), CPU)
+    assert compiled == ["Qwen3Model"]

@@ -14,7 +14,7 @@ from diffdistill.evaluation.groups import make_groups, read_named_prompts
 from diffdistill.evaluation.vbench import NUM_VIDEOS, Order, write_videos
 from diffdistill.evaluation.video import Sampling, VideoRow, chosen_prompts, make_scene, video
 from diffdistill.sampling import makes_videos
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 
 SUITES = ("few-step", "video", "vbench")
 
@@ -48,6 +48,7 @@ def evaluate(
     if suite not in SUITES:
         raise UserError(f"no suite {suite!r}; there is {', '.join(SUITES)}")
     session = open_session(source, checkpoint, overrides)
+    flow_family(session)  # no texts
     settings = parse_settings(session.config.evaluate, f"{source}: evaluate")
     if suite == "vbench":
         folder = Path(source) if Path(source).is_dir() else Path()

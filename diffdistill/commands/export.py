@@ -8,16 +8,19 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.exporting import (
     export_comfy_lora,
     export_lora,
+    export_model,
     export_pipeline,
     export_single_file,
 )
+from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.latent import LatentFamily
+from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.wan_pipeline import write_settings
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.roles import Role
 from diffdistill.session import Session
 
-LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora")
+LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora", "model")
 
 
 def export(
@@ -32,11 +35,12 @@ def export(
 
     Args:
         run: The run's folder.
-        output: A folder for ``lora`` and ``pipeline``, a file for the others.
+        output: A folder for ``lora``, ``pipeline`` and ``model``, a file for the others.
         layout: ``lora`` is what diffusers' ``load_lora_weights`` reads; ``pipeline`` a complete
             diffusers folder; ``single-file`` the transformer in the original key layout, which
             ComfyUI reads; ``comfyui-lora`` a LoRA in that layout; ``auto`` is ``lora`` for an
-            adapter and ``pipeline`` for a fully trained network.
+            adapter and ``pipeline`` for a fully trained network. ``model``, for transformers, is
+            the one layout of a language model, an adapter merged in.
         role: ``student``, or ``average`` where ``train.ema`` kept one.
         checkpoint: Which checkpoint of the run.
 
@@ -51,12 +55,23 @@ def export(
     if role not in known_roles:
         raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
     family = session.family
+    if isinstance(family, TextPair):
+        chosen = known_roles[role]
+        _check_layout(layout, ("auto", "model"))
+        assert isinstance(chosen.family, LanguageFamily)
+        return export_model(chosen.family, chosen.network, output, adapter=chosen.adapter)
+    _check_layout(layout, tuple(name for name in LAYOUTS if name != "model"))
     if not isinstance(family, LatentFamily):
         raise UserError(f"the family {session.config.family['name']} has nothing to export to")
     written = _write(family, known_roles[role], output, layout)
     if isinstance(family, WanStreaming):
         _say_how_it_streams(session, family, written)
     return written
+
+
+def _check_layout(layout: str, fitting: tuple[str, ...]) -> None:
+    if layout not in fitting:
+        raise UserError(f"this family is not exported as {layout}, but as {', '.join(fitting)}")
 
 
 def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -> None:

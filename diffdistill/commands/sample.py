@@ -22,7 +22,7 @@ from diffdistill.sampling import (
     encode_prompts,
     generate,
 )
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 
 NUM_PROMPTS = 8
 LABELS = {"base": "base\nuntrained", "teacher": "teacher\nprompt only"}
@@ -75,6 +75,7 @@ def sample(
         overrides: ``section.key=value`` changes of the config.
     """
     session = open_session(source, checkpoint, overrides)
+    flow_family(session)  # no texts
     settings = session.config.sample
     count = settings.num_images if num_images is None else num_images
     if min(count, 1 if steps is None else steps) < 1:

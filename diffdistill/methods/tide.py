@@ -174,8 +174,8 @@ class Tide(Method):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: denoising, and distillation on the hidden chunks.
 
-        Denoising is a mean over all maskable tokens; distillation over the active chunks of the
-        micro-batch at hand, as in the published code, and counts as many tokens.
+        Denoising is a mean over all maskable tokens, distillation over the active chunks, both of
+        the optimizer step.
         """
         text = self.family.text(batch)
         answer = self.family.text(batch, reader="teacher")
@@ -194,6 +194,7 @@ class Tide(Method):
             noise_weight(hidden.t, self._chosen.weight)[rows],
         )
         count = int(text.maskable.sum())
+        distillation = distillation * self._share(len(rows), count, progress)
         metrics = {
             "denoising": denoising.detach(),
             "distillation": distillation.detach(),
@@ -206,6 +207,19 @@ class Tide(Method):
             metrics["clamp_share"] = clamped.sum() / max(len(clamped), 1)
         value = denoising + self.distillation_weight * distillation
         yield Loss("student", value, max(count, 1), metrics=metrics)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return the active chunks and the maskable tokens of a batch."""
+        text = self.family.text(batch)
+        hidden = self._hide(batch, text, self.family.text(batch, reader="teacher"))
+        return {"chunks": float(hidden.active.sum()), "tokens": float(text.maskable.sum())}
+
+    def _share(self, chunks: int, tokens: int, progress: Progress) -> float:
+        """Return what makes a mean over tokens, of which a loss is one, a mean over chunks."""
+        if not progress.counts:
+            return 1.0
+        per_token = progress.counts["chunks"] / max(progress.counts["tokens"], 1.0)
+        return chunks / max(tokens, 1) / per_token if chunks else 0.0
 
     def _hide(self, batch: Batch, text: Text, answer: Text) -> Hidden:
         """Return what is hidden: tokens at random, and all of each chunk they are in."""
