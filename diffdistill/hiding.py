@@ -4,6 +4,7 @@ Tokens are hidden at random, and with each all of its chunk on both sides, so th
 teacher are asked about the same bytes.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,24 @@ def hide(draws: Draws, ids: Tensor, text: Text, usable: Tensor, *, t_low: float)
     mask = text.maskable & (numbers < t[:, None])
     active = touched(mask, text.chunks, usable.shape[1]) & usable
     return Hidden(mask | tokens_of(active, text.chunks), active, t)
+
+
+def chunk_counts(text: Text, hidden: Hidden) -> dict[str, float]:
+    """Return the active chunks and the maskable tokens of a batch (see ``Method.counts``)."""
+    return {"chunks": float(hidden.active.sum()), "tokens": float(text.maskable.sum())}
+
+
+def chunk_share(mine: Mapping[str, float], all_: Mapping[str, float]) -> float:
+    """Return what makes a mean over chunks, in a loss that counts tokens, one over the step.
+
+    Args:
+        mine: What ``chunk_counts`` returned of the micro-batch.
+        all_: The same of the optimizer step; empty where the batch is all there is.
+    """
+    if not all_:
+        return 1.0
+    chunks, tokens = (mine[name] / max(all_[name], 1.0) for name in ("chunks", "tokens"))
+    return chunks / tokens if mine["tokens"] else 0.0
 
 
 def denoising(logprobs: Tensor, text: Text, t: Tensor) -> Tensor:

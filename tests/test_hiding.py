@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffdistill.draws import Draws
-from diffdistill.hiding import by_position, denoising, hide, usable_chunks
+from diffdistill.hiding import by_position, chunk_share, denoising, hide, usable_chunks
 from diffdistill.methods.tide import Tide
 from diffdistill.texts import Text
 from tests.conftest import randn
@@ -57,3 +57,15 @@ def test_denoising_counts_each_token_with_the_inverse_of_its_noise_level() -> No
     logprobs, t = -randn(3, 12, seed=0).abs() * text.maskable, torch.tensor([0.1, 0.5, 1.0])
     expected = sum(-logprobs[row, i] / t[row] for row in range(3) for i in range(2, 12)) / 30
     torch.testing.assert_close(denoising(logprobs, text, t), expected)
+
+
+def test_means_of_chunks_in_micro_batches_add_up_to_that_of_the_step() -> None:
+    chunks, tokens = [3.0, 0.0, 5.0], [10.0, 4.0, 6.0]
+    means = [2.0, 0.0, 1.0]
+    counts = [{"chunks": c, "tokens": t} for c, t in zip(chunks, tokens, strict=True)]
+    step = {"chunks": 8.0, "tokens": 20.0}
+    shares = [chunk_share(mine, step) for mine in counts]
+    weighted = sum(t * s * m for t, s, m in zip(tokens, shares, means, strict=True)) / 20
+    assert weighted == pytest.approx((3 * 2.0 + 5 * 1.0) / 8)
+    assert chunk_share(counts[0], {}) == 1.0
+    assert chunk_share({"chunks": 0.0, "tokens": 0.0}, step) == 0.0

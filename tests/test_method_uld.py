@@ -239,20 +239,11 @@ def test_denoising_is_that_of_the_likelihood_bound() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_its_weight_micro_batches_do_not_change_the_step(kind: str) -> None:
-    method, batch = make_method(kind, distillation_weight=0.0), toy_text_batch(6)
+def test_micro_batches_do_not_change_the_step(kind: str) -> None:
+    method, batch = make_method(kind), toy_text_batch(6)
     parts = [rows_of(batch, rows) for rows in ([0, 1], [2], [3, 4, 5])]
-    torch.testing.assert_close(
-        student_gradients(method, [batch]), student_gradients(method, parts), rtol=1e-4, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_counts_alike_in_any_micro_batch_where_as_many_chunks_are_compared(
-    kind: str,
-) -> None:
-    method, batch = make_method(kind, draws=Level(1.0)), toy_text_batch(4)
-    parts = [rows_of(batch, rows) for rows in ([0, 1], [2, 3])]
+    chunks = [method.counts(part)["chunks"] / len(part["ids"]) for part in parts]
+    assert len(set(chunks)) > 1
     torch.testing.assert_close(
         student_gradients(method, [batch]), student_gradients(method, parts), rtol=1e-4, atol=1e-6
     )

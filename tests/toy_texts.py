@@ -1,5 +1,6 @@
 """Texts of two tokenizers, and networks of a few numbers that read them."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +103,13 @@ def only_loss(method: Method, batch: Batch, progress: Progress = START) -> Loss:
 def student_gradients(method: Any, batches: Sequence[Batch]) -> Tensor:
     """Return the gradient of one optimizer step over micro-batches."""
     method.student.zero_grad(set_to_none=True)
+    counts: dict[str, float] = defaultdict(float)
+    for batch in batches:
+        for name, count in method.counts(batch).items():
+            counts[name] += count
     total = 0.0
     for batch in batches:
-        for loss in method.losses(batch, START):
+        for loss in method.losses(batch, START._replace(counts=counts)):
             (loss.value * loss.count).backward()
             total += loss.count
     parameters = (p.grad for p in method.student.parameters())

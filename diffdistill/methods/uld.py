@@ -15,7 +15,15 @@ from torch import Tensor
 from diffdistill.chunks import chunk_sums, first_tokens, tokens_of
 from diffdistill.divergences import masked_mean
 from diffdistill.draws import Draws
-from diffdistill.hiding import Hidden, by_position, denoising, hide, usable_chunks
+from diffdistill.hiding import (
+    Hidden,
+    by_position,
+    chunk_counts,
+    chunk_share,
+    denoising,
+    hide,
+    usable_chunks,
+)
 from diffdistill.method import Method
 from diffdistill.projection import Prediction, at, token_logprob
 from diffdistill.texts import Text, TextFamily, TextModel
@@ -82,13 +90,11 @@ class ULD(Method):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: denoising, and the distance of what is predicted of hidden chunks.
 
-        Denoising is a mean over all maskable tokens; the distance over the active chunks of the
-        micro-batch at hand, and counts as many tokens (as in ``tide``).
+        Denoising is a mean over all maskable tokens, the distance over the active chunks, both of
+        the optimizer step.
         """
-        text, answer = self.family.text(batch), self.family.text(batch, reader="teacher")
-        if self.pairs == "position":
-            text, answer = by_position(text), by_position(answer)
-        hidden = hide(self.draws, batch["ids"], text, usable_chunks(text, answer), t_low=self.t_low)
+        text, answer = self._texts(batch)
+        hidden = self._hide(batch, text, answer)
         state = self.family.noised(batch, hidden.t, hidden.mask)
         prediction = self.student(state, self.family.condition(batch))
         logprobs = token_logprob(prediction, text.tokens, mask=hidden.mask)  # [B, L]
@@ -97,6 +103,7 @@ class ULD(Method):
         theirs = self._judge(batch, answer, hidden)
         distances = in_tiles(self._distance, ours.first, theirs.first, ours.later, theirs.later)
         distance = masked_mean(distances, torch.ones_like(distances, dtype=torch.bool))
+        distance = distance * chunk_share(chunk_counts(text, hidden), progress.counts)
         count = int(text.maskable.sum())
         metrics = {
             "denoising": denoised.detach(),
@@ -107,6 +114,22 @@ class ULD(Method):
         }
         value = denoised + self.distillation_weight * distance
         yield Loss("student", value, max(count, 1), metrics=metrics)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return the active chunks and the maskable tokens of a batch."""
+        text, answer = self._texts(batch)
+        return chunk_counts(text, self._hide(batch, text, answer))
+
+    def _texts(self, batch: Batch) -> tuple[Text, Text]:
+        """Return the text of both sides, with the chunks that are pairs."""
+        text, answer = self.family.text(batch), self.family.text(batch, reader="teacher")
+        if self.pairs == "position":
+            return by_position(text), by_position(answer)
+        return text, answer
+
+    def _hide(self, batch: Batch, text: Text, answer: Text) -> Hidden:
+        usable = usable_chunks(text, answer)
+        return hide(self.draws, batch["ids"], text, usable, t_low=self.t_low)
 
     @torch.no_grad()
     def _judge(self, batch: Batch, answer: Text, hidden: Hidden) -> Reading:
