@@ -77,7 +77,6 @@ class MaskNoise:
         ids: Tensor,
         *,
         purpose: str = "mask",
-        chunks: Tensor | None = None,
     ) -> NoisedTokens:
         """Return ``clean`` ``[B, L]`` with some of its maskable tokens masked.
 
@@ -87,8 +86,6 @@ class MaskNoise:
             draws: Random numbers of the run.
             ids: The number of each sample, ``[B]``.
             purpose: Key of the random numbers.
-            chunks: Chunk of each token, ``[B, L]``, -1 for none; a chunk is masked as a whole
-                or not at all (see ``with_whole_chunks``).
         """
         length = clean.shape[1]
         num_spans = math.ceil(length / (self.block or length))
@@ -100,8 +97,6 @@ class MaskNoise:
         masked = (numbers < level) & maskable
         if self.resample:
             masked = self._resampled(masked, level, maskable, draws, ids, purpose)
-        if chunks is not None:
-            masked = with_whole_chunks(masked, maskable, chunks)
         return NoisedTokens(torch.where(masked, self.mask_id, clean), t, masked)
 
     def _resampled(
@@ -196,25 +191,6 @@ def _spans(values: Tensor, block: int | None, fill: float) -> Tensor:
     size = block or values.shape[1]
     short = -values.shape[1] % size
     return torch.nn.functional.pad(values, (0, short), value=fill).unflatten(1, (-1, size))
-
-
-def with_whole_chunks(masked: Tensor, maskable: Tensor, chunks: Tensor) -> Tensor:
-    """Return ``masked`` ``[B, L]`` extended to the whole of every chunk it touches.
-
-    More is masked than the noise level says, so that a weight of 1 / t no longer gives an
-    unbiased bound: log ``mask_rate`` beside t. Tokens of chunk -1 stay as they are.
-    """
-    active = active_chunks(masked, chunks)
-    touched = active.gather(1, chunks.clamp(min=0)) & (chunks >= 0)
-    return masked | (touched & maskable)
-
-
-def active_chunks(masked: Tensor, chunks: Tensor) -> Tensor:
-    """Return the chunks ``[B, N]`` with a masked token; N is one more than the highest chunk."""
-    num_chunks = max(int(chunks.max()) + 1, 1) if chunks.numel() else 1
-    counts = torch.zeros(len(chunks), num_chunks, dtype=torch.long, device=chunks.device)
-    hits = masked & (chunks >= 0)
-    return counts.scatter_add_(1, chunks.clamp(min=0), hits.long()) > 0
 
 
 def mask_rate(masked: Tensor, maskable: Tensor) -> Tensor:
