@@ -40,7 +40,8 @@ def in_tiles(
         tile_rows: Rows compared at a time; None chooses by the larger vocabulary.
     """
     ours, theirs = prediction_rows(student), prediction_rows(teacher)
-    size = tile_rows or max(1, TILE_NUMBERS // max(vocabulary(student), vocabulary(teacher)))
+    words = max(vocabulary(student), vocabulary(teacher))
+    size = tile_rows or max(1, TILE_NUMBERS // (4 * words))  # sorting takes several copies
 
     def tile(first: Tensor, second: Tensor, *rest: Tensor) -> Tensor:
         logits = dense(with_rows(student, first)), dense(with_rows(teacher, second))

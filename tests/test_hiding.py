@@ -69,3 +69,23 @@ def test_means_of_chunks_in_micro_batches_add_up_to_that_of_the_step() -> None:
     assert weighted == pytest.approx((3 * 2.0 + 5 * 1.0) / 8)
     assert chunk_share(counts[0], {}) == 1.0
     assert chunk_share({"chunks": 0.0, "tokens": 0.0}, step) == 0.0
+
+
+def test_a_chunk_is_hidden_whole_if_a_token_of_it_is_and_it_is_usable() -> None:
+    """Against the mask that the same numbers give without any chunks."""
+    ids, (text, answer) = torch.arange(64), texts(64)
+    usable = usable_chunks(text, answer)
+    usable[:, 2] = False
+    found = hide(Draws(1), ids, text, usable, t_low=1e-3)
+    alone = text._replace(chunks=torch.full_like(text.chunks, -1))
+    tokens = hide(Draws(1), ids, alone, usable[:, :0], t_low=1e-3).mask
+    for row in range(64):
+        for place in range(12):
+            chunk = int(text.chunks[row, place])
+            mates = text.chunks[row] == chunk
+            whole = chunk >= 0 and chunk != 2 and bool(tokens[row][mates].any())
+            assert bool(found.mask[row, place]) == (whole or bool(tokens[row, place]))
+            if chunk >= 0:
+                assert bool(found.active[row, chunk]) == whole
+    rate = tokens[:, 2:].float().mean(dim=1)
+    assert (rate - found.t).abs().mean() < 0.15
