@@ -1,7 +1,7 @@
 """A distillation method: which losses a batch gives rise to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar
 
 from diffdistill.types import Batch, Loss, Progress
@@ -46,6 +46,14 @@ class Method(ABC):
         Called after each step that was finite, the same on all ranks. Names are those of
         ``Loss.metrics``, followed by a slash and the role.
         """
+
+    def renewals(self) -> Mapping[str, Container[int]]:
+        """Return after which updates a role becomes a copy of the role that it follows.
+
+        By the name of the role, which must be an average (``weights: ema``). It is in the
+        checkpoint as any average is.
+        """
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep besides weights, as JSON values."""

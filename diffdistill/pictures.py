@@ -41,7 +41,7 @@ class Painter:
         self, session: Session, encoded: EncodedDataset, output: Path, *, main: bool
     ) -> None:
         self.session = session
-        self.settings = session.config.sample
+        self.settings = session.config.pictures
         assert isinstance(encoded.dataset, ExampleDataset)
         self.encoded = encoded
         self.dataset = encoded.dataset

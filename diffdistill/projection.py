@@ -101,7 +101,8 @@ def dense(prediction: Prediction) -> Tensor:
     shape = prediction.hidden.shape[:-1]
     hidden = prediction.hidden.reshape(-1, prediction.hidden.shape[-1])
     form = _form(prediction, None)
-    return form.logits(hidden, prediction.weight, prediction.bias).reshape(*shape, -1)
+    logits = form.logits(hidden, prediction.weight, prediction.bias)
+    return logits.reshape(*shape, logits.shape[-1])
 
 
 def token_logprob(

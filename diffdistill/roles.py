@@ -113,14 +113,14 @@ class Role:
 
     def __call__(self, state: State, condition: Condition) -> Any:
         """Return the prediction at ``state``: a float32 tensor, or a ``Projection`` as it is."""
-        with self._acting(state.x.device):
+        with self.acting(state.x.device):
             found = self.family.predict(self.network, state, condition)
             return found if isinstance(found, Projection) else found.float()
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""
         assert self.head is not None, f"role {self.name} has no head"
-        with self._acting(state.x.device):
+        with self.acting(state.x.device):
             features = self.family.features(self.network, state, condition)
             return self.head(features.float()).float()
 
@@ -148,14 +148,14 @@ class Role:
         return own
 
     @contextmanager
-    def _acting(self, device: torch.device) -> Iterator[None]:
+    def acting(self, device: torch.device) -> Iterator[None]:
+        """Let calls of the network within the block be this role's."""
         layers = layers_of(self.network)
-        enabled = self.autocast is not None
         learns = torch.is_grad_enabled() and self.settings.weights != "live"
         with (
             active(layers, self.adapter),
             torch.set_grad_enabled(learns),
-            torch.autocast(device.type, dtype=self.autocast, enabled=enabled),
+            torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
         ):
             yield
 

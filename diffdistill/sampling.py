@@ -120,7 +120,7 @@ def clip_frames(session: Session) -> int | None:
     if not makes_videos(session):
         return None
     config = session.config
-    found = config.sample.num_frames or config.data.num_frames
+    found = config.pictures.num_frames or config.data.num_frames
     if found is None:
         name = config.family["name"]
         raise UserError(f"the family {name} makes videos: set sample.num_frames or data.num_frames")

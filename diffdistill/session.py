@@ -77,6 +77,17 @@ def flow_family(session: Session) -> FlowFamily:
     raise UserError(f"family {session.config.family['name']} makes texts, not images or videos")
 
 
+def text_pair(session: Session) -> TextPair:
+    """Return the readers of a session, which has to be of texts.
+
+    Raises:
+        UserError: If it is of images or videos.
+    """
+    if isinstance(session.family, TextPair):
+        return session.family
+    raise UserError(f"family {session.config.family['name']} makes images or videos, not texts")
+
+
 def resolve_model(path: str) -> str:
     """Return the folder of a ``bundled:name`` model; any other path or hub id as it is."""
     kind, colon, name = path.partition(":")

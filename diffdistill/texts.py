@@ -1,5 +1,6 @@
 """Texts as token ids, and what a method may ask of a family of text models."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
@@ -60,6 +61,10 @@ class TextFamily(Protocol):
 
     def format(self, *, reader: Reader = "student") -> Format:
         """Return how the reader's texts are laid out."""
+        ...
+
+    def spellings(self, *, reader: Reader = "student") -> Sequence[bytes | None]:
+        """Return what each token id of the reader spells, None of special tokens."""
         ...
 
     def text(self, batch: Batch, *, reader: Reader = "student") -> Text:

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from diffdistill.distributed import Distributed, clip_gradients
 from diffdistill.errors import UserError
 from diffdistill.method import Method
 from diffdistill.optimizers import make_optimizer
+from diffdistill.roles import copy_parameters
 from diffdistill.schedules import learning_rate_factor
 from diffdistill.session import Session
 from diffdistill.types import Batch, Loss, Progress
@@ -80,6 +81,7 @@ class Trainer:
         for role in session.roles.trained():
             lr = self.settings.lr if role.settings.lr is None else role.settings.lr
             self.optimizers[role.name] = make_optimizer(self.settings, role.parameters(), lr)
+        self.renewals = self._renewals()
         self.base_lr = {n: o.param_groups[0]["lr"] for n, o in self.optimizers.items()}
 
     def train_step(self) -> dict[str, float]:
@@ -146,6 +148,7 @@ class Trainer:
                 optimizer.step()
                 self.updates[name] += 1
                 self.session.roles.average(name, self.updates[name])
+                self._renew(name)
             optimizer.zero_grad(set_to_none=True)
             metrics[f"lr/{name}"] = lr
         if finite:
@@ -153,6 +156,29 @@ class Trainer:
         else:
             metrics["skipped"] = 1.0
         return metrics
+
+    def _renewals(self) -> dict[str, Container[int]]:
+        """Return when the method wants which roles renewed.
+
+        Raises:
+            UserError: If one has no weights of its own that could be.
+        """
+        wanted = dict(self.session.method.renewals())
+        for name in wanted:
+            weights = self.session.roles[name].settings.weights
+            if weights != "ema":
+                raise UserError(
+                    f"roles.{name}: the method makes it a copy of a trained role from time to "
+                    f"time, so its weights must be ema, not {weights}"
+                )
+        return wanted
+
+    def _renew(self, updated: str) -> None:
+        """Make copies of a role that was just updated, where it is time."""
+        for name, times in self.renewals.items():
+            role = self.session.roles[name]
+            if role.settings.of == updated and self.updates[updated] in times:
+                copy_parameters(self.session.roles[updated], role)
 
     def _set_lr(self, name: str, progress: Progress) -> float:
         factor = learning_rate_factor(

@@ -1,10 +1,12 @@
 """The family ``bd3lm``: any causal LM of transformers as block diffusion (arXiv:2503.09573)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from diffdistill.pipelines.block_diffusion import Order, denoise
+from diffdistill.pipelines.block_sampling import BlockSampler
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.projection import Projection
 from diffdistill.types import Condition, State
@@ -31,3 +33,8 @@ class BD3LM(LanguageFamily):
             pads=condition["pads"],
             order=self.order,
         )
+
+    def sampler(self, network: nn.Module, **options: Any) -> BlockSampler:
+        """Return what samples answers, block by block on a cache."""
+        given = self._of_the_tokenizer() | options
+        return BlockSampler(network=network, block=self.block, **given)

@@ -1,4 +1,4 @@
-"""Trained weights as other programs read them: diffusers, transformers, ComfyUI, single files.
+"""Trained weights in the forms that other programs read: diffusers, ComfyUI, single files.
 
 A LoRA is written with its scale multiplied in (alpha equals rank), because not every reader
 looks at the alpha of every format.
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
-from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.original_keys import (
     Place,
@@ -112,7 +111,7 @@ def export_pipeline(
     Raises:
         UserError: If the base is quantized, or ``folder`` is not empty.
     """
-    _check_empty(folder)
+    check_empty(folder)
     state = merged_state(network, adapter, dtype or family.weights_dtype)
     index = loading.read_config(loading.locate(family.path, "", family.revision), INDEX)
     for name, entry in index.items():
@@ -151,35 +150,13 @@ def export_single_file(
     return file
 
 
-def export_model(
-    family: LanguageFamily, network: Any, folder: Path, *, adapter: str | None = None
-) -> Path:
-    """Write a language model and its tokenizer for transformers, and for ``family.path``.
-
-    Args:
-        family: The model family.
-        network: The causal LM.
-        folder: Where to write.
-        adapter: Name of the adapter to merge into the weights; None leaves all adapters out.
+def check_empty(folder: Path) -> None:
+    """Refuse a folder with something in it.
 
     Raises:
-        UserError: If the base is quantized, or ``folder`` is not empty.
+        UserError: If there is.
     """
-    _check_empty(folder)
-    state = merged_state(network, adapter, family.weights_dtype)
-    with torch.device("meta"):
-        plain = type(network)(network.config)
-    plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    plain.config.mask_token_id = family.mask_id
-    plain.config.dtype = family.weights_dtype
-    plain.save_pretrained(str(folder))
-    family.tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty: export into a new folder")
 
 

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading, remote_code
+from diffdistill.pipelines.answers import AnswerSampler
 from diffdistill.pipelines.block_diffusion import SPARSE_TILE, Attention
 from diffdistill.pipelines.byte_spans import Speller
-from diffdistill.pipelines.chats import Row
+from diffdistill.pipelines.chats import Row, chat_row
 from diffdistill.pipelines.loading import DtypeName
 from diffdistill.pipelines.model_family import ModelFamily
 from diffdistill.projection import Projection, without
@@ -108,6 +109,22 @@ class LanguageFamily(ModelFamily):
             padding: bool ``[B, L]``: what is no text, on the left and on the right.
         """
         return {"clean": clean, "padding": padding, "pads": padding.long().cumprod(1).sum(1)}
+
+    @abstractmethod
+    def sampler(self, network: nn.Module, **options: Any) -> AnswerSampler:
+        """Return what samples answers; ``options`` are those of ``AnswerSampler``."""
+
+    def _of_the_tokenizer(self) -> dict[str, Any]:
+        """Return the options of a sampler that the tokenizer gives."""
+        return {"mask_id": self.mask_id, "pad_id": self.pad_id, "eos_ids": self.end_ids}
+
+    @property
+    def span(self) -> int | None:
+        """How many tokens share a noise level in the bound on the likelihood; None is a row.
+
+        That is a block where later ones are not seen.
+        """
+        return self.block
 
     # the network
 
@@ -220,6 +237,17 @@ class LanguageFamily(ModelFamily):
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"{self.path}: the tokenizer has no end token (eos_token)")
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids of the tokens that end an answer: the end token, and the end of a chat's turn."""
+        if self.tokenizer.chat_template is None:
+            return [self.eos_id]
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        row = chat_row(self.speller, turn, turns="last")
+        learned = [t for t, kept in zip(row.tokens, row.maskable, strict=True) if kept]
+        ends = [t for t in learned if t in self.tokenizer.all_special_ids]
+        return list(dict.fromkeys([self.eos_id, *ends]))
 
     @property
     def pad_id(self) -> int:

@@ -84,14 +84,13 @@ class LLaDA2(LanguageFamily):
     def sampler(self, network: nn.Module, **options: Any) -> BlockSampler:
         """Return what samples answers, block by block; ``options`` are those of the sampler."""
         kind = BlockSampler if self.cache else UncachedSampler
-        return kind(
-            network=network,
-            block=self.block,
-            mask_id=self.mask_id,
-            pad_id=self.pad_id,
-            eos_ids=[self.eos_id],
-            **options,
-        )
+        given = self._of_the_tokenizer() | options
+        return kind(network=network, block=self.block, **given)
+
+    @property
+    def span(self) -> int | None:
+        """How many tokens share a noise level: TIDE's call sees whole rows at once."""
+        return self.block if self.convention == "native" else None
 
     def _load(self, folder: Path) -> Any:
         network = super()._load(folder)

@@ -90,6 +90,10 @@ class TextPair:
         """Return how the reader's texts are laid out."""
         return self._family(reader).format
 
+    def spellings(self, *, reader: Reader = "student") -> Sequence[bytes | None]:
+        """Return what each token id of the reader spells, None of special tokens."""
+        return self._family(reader).speller.vocabulary()
+
     def text(self, batch: Batch, *, reader: Reader = "student") -> Text:
         """Return the texts of ``batch`` as the reader has them."""
         key = self._key(reader)

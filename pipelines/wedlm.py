@@ -100,14 +100,8 @@ class WeDLM(LanguageFamily):
     def sampler(self, network: nn.Module, **options: Any) -> BlockSampler:
         """Return what samples answers, in its convention; ``options`` are those of the sampler."""
         kind = ReorderedSampler if self.convention == "native" else BlockSampler
-        return kind(
-            network=network,
-            block=self.block,
-            mask_id=self.mask_id,
-            pad_id=self.pad_id,
-            eos_ids=[self.eos_id],
-            **options,
-        )
+        given = self._of_the_tokenizer() | options
+        return kind(network=network, block=self.block, **given)
 
     def _load(self, folder: Path) -> Any:
         config = loading.read_config(folder)

@@ -429,7 +429,7 @@ def test_features_carry_the_graph_with_checkpointing_too(root: Path, name: str) 
         roles = _roles(family, checkpointing)
         batch = batch_of(family, examples_of(name))
         state, student = state_of(family, batch), roles["student"]
-        with student._acting(CPU):
+        with student.acting(CPU):
             features = family.features(student.network, state, family.condition(batch))
         features.square().sum().backward()
         gradients.append(_gradient(roles))

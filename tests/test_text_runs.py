@@ -209,7 +209,7 @@ def test_an_exported_student_predicts_what_it_did_in_its_run(
     session = restore(tmp_path / "run", "latest", CPU)
     assert isinstance(session.family, TextPair)
     role = "average" if "average" in session.roles.by_name else "student"
-    export(tmp_path / "run", tmp_path / "model", role=role)
+    export(tmp_path / "run", tmp_path / "model", role=role, layout="model")
     family = replace(session.family.student, path=str(tmp_path / "model"))
     batch = text_batch(session.family, 2)
     text = session.family.text(batch)
@@ -221,8 +221,6 @@ def test_an_exported_student_predicts_what_it_did_in_its_run(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="is not empty: export into a new folder"):
         export(tmp_path / "run", tmp_path / "model")
-    with pytest.raises(UserError, match="not exported as lora, but as auto, model"):
-        export(tmp_path / "run", tmp_path / "other", layout="lora")
 
 
 # errors
@@ -259,7 +257,6 @@ def test_the_schema_describes_the_family_of_a_role() -> None:
         ({"method": {"name": "sft"}}, "method sft is for images and videos: .*not bd3lm"),
         ({"family": {"name": "toy"}}, "method bd3lm is for texts: .*not toy"),
         ({"family": {"quantize": "nf4"}}, r"family\.quantize: nf4 stores the network rounded"),
-        ({"sample": {"every": 2}}, r"sample\.every draws pictures, and this run is of texts"),
         ({"family": {"path": "no/where"}}, "neither a folder nor a hub id|cannot find"),
         ({"data": {"path": "no.jsonl"}}, r"data\.path no\.jsonl does not exist"),
         (
@@ -312,9 +309,11 @@ def test_answers_that_a_long_prompt_leaves_no_room_for_are_an_error_or_left_out(
 def test_pictures_of_texts_are_refused(world: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.yaml"
     file.write_text(yaml.safe_dump(text_values(world)))
-    for ask in (preview, sample, lambda source: evaluate(source, suite="few-step")):
+    for ask in (preview, sample):
         with pytest.raises(UserError, match="family bd3lm makes texts, not images or videos"):
             ask(str(file))
+    with pytest.raises(UserError, match="no suite 'few-step' for texts; there is text, lm-eval"):
+        evaluate(str(file), suite="few-step")
 
 
 def test_what_is_compiled_is_what_is_called(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

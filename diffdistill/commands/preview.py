@@ -101,7 +101,7 @@ def _compared(session: Session, example: Example, batch: Batch, seed: int) -> Co
     teacher = roles.get("teacher", student)
     exposure = getattr(session.method, "exposure", 1.0) or 1.0
     noise = Draws(seed).normal("sample", batch["ids"], family.latent_shape(batch))
-    steps = int(session.config.method.get("num_steps", session.config.sample.num_steps))
+    steps = int(session.config.method.get("num_steps", session.config.pictures.num_steps))
 
     def drawn(role: Role, shown: float) -> Tensor:
         condition = family.condition(batch, exposure=shown)

@@ -47,6 +47,23 @@ def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[st
     return replace(session, config=config)
 
 
+def is_of_texts(source: str, overrides: Sequence[str] = ()) -> bool:
+    """Return whether a run's folder, or a config, is of a text model; nothing is loaded.
+
+    Raises:
+        UserError: If there is no such config, or it is wrong.
+    """
+    run = Path(source)
+    if run.is_dir():
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run} is not a run folder: it has no config.yaml")
+        config = load_config(str(run / "config.yaml"))
+    else:
+        config = load_config(source, overrides)
+    texts: bool = catalog.load("method", config.method["name"]).texts
+    return texts
+
+
 def models(session: Session, names: Sequence[str]) -> dict[str, Role]:
     """Return models by name: ``base``, or the roles of the method.
 

@@ -78,7 +78,7 @@ def stream_video(
         UserError: If the model does not stream, or a frame or prompt does not fit.
     """
     session = open_session(source, checkpoint, overrides)
-    family, settings = streaming_family(session, role), session.config.sample
+    family, settings = streaming_family(session, role), session.config.pictures
     model = models(session, [role])[role]
     count = clip_frames(session) if num_frames is None else num_frames
     assert count is not None, "a family that streams makes videos"

@@ -15,13 +15,14 @@ from diffdistill.config import RunConfig
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.estimates import describe
-from diffdistill.evaluation.few_step import parse_settings
+from diffdistill.evaluation.text_settings import check_evaluate
 from diffdistill.feeding import Feed, open_feed
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
 from diffdistill.session import Session, build, load_rewards
 from diffdistill.tracking import Tracker
 from diffdistill.trainer import Trainer
+from diffdistill.transcripts import Scribe
 from diffdistill.types import Batch
 
 
@@ -81,12 +82,12 @@ class Run(NamedTuple):
     trainer: Trainer
     batches: Generator[Batch]
     checkpoints: Checkpoints
-    painter: Painter | None
+    painter: Painter | Scribe
 
 
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
-    parse_settings(config.evaluate)
+    check_evaluate(config)
     session = build(config, distributed.device)
     if hasattr(session.method, "reward"):
         load_rewards(session.method.reward)
@@ -110,17 +111,11 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
 
 def _painter(
     session: Session, feed: Feed, output: Path, distributed: Distributed
-) -> Painter | None:
-    """Return what draws pictures of the run; None of texts.
-
-    Raises:
-        UserError: If pictures of texts are asked for.
-    """
+) -> Painter | Scribe:
+    """Return what draws pictures of the run, or writes its answers."""
     if feed.encoded is not None:
         return Painter(session, feed.encoded, output, main=distributed.main)
-    if session.config.sample.every is not None:
-        raise UserError("sample.every draws pictures, and this run is of texts: leave it out")
-    return None
+    return Scribe(session, output, main=distributed.main)
 
 
 def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -> None:
@@ -140,8 +135,9 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
                 snapshot = trainer.snapshot()
                 if distributed.main:
                     checkpoints.save(step, snapshot)
-            for name, path in run.painter.after_step(step) if run.painter else ():
-                tracker.picture(step, name, path)
+            log = tracker.picture if isinstance(run.painter, Painter) else tracker.text
+            for name, path in run.painter.after_step(step):
+                log(step, name, path)
             return not stop
 
         trainer.run(after_step)

@@ -135,7 +135,7 @@ def chosen_prompts(
     session: Session, settings: EvaluateSettings
 ) -> tuple[list[str], tuple[int, int]]:
     """Return the prompts to evaluate, and the size ``(H, W)`` of what to make of them."""
-    size = settings.size or session.config.sample.size
+    size = settings.size or session.config.pictures.size
     if settings.prompts is not None and size is not None:
         return read_prompts(Path(settings.prompts)), size
     dataset = open_dataset(session.config.data)
