@@ -205,8 +205,9 @@ def quality_of(
 ) -> dict[str, float]:
     """Return what is measured of a model's videos from one seed.
 
-    A model that streams makes long videos: their beginnings are its clips, and what their ends
-    are worse by is its drift.
+    A model that streams makes long videos, whose beginnings are its clips. Its drift is what is
+    measured of their ends less that of their beginnings: of a reward (``drift/AXIS``) negative is
+    worse, of the Frechet distance (``drift/frechet``) positive.
     """
     factor = scene.long_factor if streams(session, name) else 1
     encoded, length = scene.encoded, scene.num_frames * factor
