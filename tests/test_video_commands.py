@@ -282,6 +282,24 @@ def test_a_video_is_streamed_with_a_switch(
         assert reader.get_meta_data()["fps"] == 8.0
 
 
+def test_a_run_is_streamed_with_another_view_of_the_past(run: Path, tmp_path: Path) -> None:
+    seen = ["family.window_frames=4", "family.sink_frames=2", "family.positions=relative"]
+
+    def streamed(name: str, *overrides: str) -> np.ndarray:
+        path = tmp_path / f"{name}.gif"
+        options: dict[str, Any] = {"prompts": ["a cat"], "num_frames": 45, "output": path}
+        return frames_of(stream_video(str(run), overrides=overrides, **options).path)
+
+    kept = streamed("kept", *seen, "family.sink_decay=1.0")
+    averaged = streamed("averaged", *seen, "family.sink_decay=0.0")
+    assert np.array_equal(kept, streamed("plain", *seen))  # what a sink at rest is
+    # A block sees the sink and itself: the second one leaves before the third, of frames 13 to 20.
+    assert np.array_equal(kept[:13], averaged[:13])
+    assert not np.array_equal(kept[13:], averaged[13:])
+    with pytest.raises(UserError, match=r"of a run, only .*family\.sink_decay.* can be changed"):
+        streamed("other", "family.block_frames=3")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
