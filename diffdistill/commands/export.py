@@ -82,6 +82,7 @@ def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -
         family,
         num_steps=int(method.get("num_steps", session.config.pictures.num_steps)),
         sampler=method.get("sampler", "euler"),
+        size=session.config.data.size or session.config.pictures.size,
     )
 
 
