@@ -5,13 +5,15 @@ The only module that imports peft. Roles that are adapters of one frozen base sh
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 
@@ -96,6 +98,33 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
         for key, parameter in network.named_parameters()
         if part in key and ".lora_" in key
     }
+
+
+def save_lora(
+    factors: Mapping[str, Tensor], folder: Path, *, base: str | None, rank: int, alpha: float
+) -> None:
+    """Write a LoRA of a causal language model as peft does.
+
+    Args:
+        factors: By name, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``.
+        folder: Where to write.
+        base: Where its base is; None leaves it out.
+        rank: Rank of the update.
+        alpha: The update is scaled with ``alpha / rank``.
+    """
+    modules = sorted({name.partition(".lora_")[0] for name in factors})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=modules,
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    state = {f"base_model.model.{name}": value.contiguous() for name, value in factors.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from diffdistill.errors import UserError
 
 METHODS = {
+    "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
     "dmd": "diffdistill.methods.dmd:DMD",
@@ -24,13 +25,18 @@ METHODS = {
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
+    "tide": "diffdistill.methods.tide:Tide",
 }
 
 FAMILIES = {
+    "bd3lm": "diffdistill.pipelines.bd3lm:BD3LM",
     "flux2-klein": "diffdistill.pipelines.flux2_klein:Flux2Klein",
+    "llada2": "diffdistill.pipelines.llada2:LLaDA2",
+    "mdlm": "diffdistill.pipelines.mdlm:MDLM",
     "toy": "diffdistill.pipelines.toy:Toy",
     "wan": "diffdistill.pipelines.wan:Wan",
     "wan-streaming": "diffdistill.pipelines.wan_streaming:WanStreaming",
+    "wedlm": "diffdistill.pipelines.wedlm:WeDLM",
     "z-image": "diffdistill.pipelines.z_image:ZImage",
 }
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,15 +176,26 @@ def _replace(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(run: Path, which: str = "latest", device: torch.device | None = None) -> Session:
+def restore(
+    run: Path,
+    which: str = "latest",
+    device: torch.device | None = None,
+    overrides: Sequence[str] = (),
+) -> Session:
     """Return the session of a run folder with the weights of one of its checkpoints.
+
+    Args:
+        run: The run's folder.
+        which: Which of its checkpoints.
+        device: Where everything runs; None is this process's accelerator, or the CPU.
+        overrides: ``section.key=value`` changes of the run's config.
 
     Raises:
         UserError: If the folder is no run, or has no usable checkpoint.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml")
-    session = build(load_config(str(run / "config.yaml")), device)
+    session = build(load_config(str(run / "config.yaml"), overrides), device)
     snapshot, path, _ = Checkpoints(run).load(which)
     load_roles(session, snapshot, path)
     return session

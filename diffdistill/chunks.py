@@ -52,13 +52,3 @@ def first_tokens(chunks: Tensor, count: int) -> Tensor:
     first = places.new_full((len(chunks), count + 1), length)
     first = first.scatter_reduce(1, index, places, "amin")[:, :count]
     return torch.where(first == length, 0, first)
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the log-likelihood of ``tokens`` where ``mask``, and 0 elsewhere; float32 ``[B, L]``.
-
-    Only the chosen rows of the logits ``[B, L, V]`` are made float32, and no log-softmax is kept.
-    """
-    chosen = logits[mask].float()  # [K, V]
-    own = chosen.gather(-1, tokens[mask][:, None])[:, 0] - chosen.logsumexp(dim=-1)
-    return torch.zeros(mask.shape, device=own.device).masked_scatter(mask, own)

@@ -59,16 +59,20 @@ def train(
 def sample(
     source: Source,
     overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw, or to ask; repeatable.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; of texts, those of each block.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels.")] = None,
-    num_images: Annotated[int | None, typer.Option(help="Images of each prompt.")] = None,
     compare: Annotated[
         str, typer.Option(help="Models side by side: base,teacher,student,average.")
     ] = "student",
     checkpoint: Checkpoint = "latest",
     output: Output = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Images of each prompt.")] = None,
     separate: Annotated[bool, typer.Option(help="Also write each image as a file.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="One video of any length, written as it is made.")
@@ -79,18 +83,61 @@ def sample(
         list[str] | None,
         typer.Option(help="FRAME:PROMPT, another prompt from there on (--stream); repeatable."),
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Of texts: go on with the prompt, not a chat.")
+    ] = False,
+    num_answers: Annotated[int | None, typer.Option(help="Answers to each prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="What settles at a step: low-confidence, random, threshold, first-hitting."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least confidence under --schedule threshold.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, 1 the model.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only tokens of this probability.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of texts; 1 is none.")] = None,
 ) -> None:
-    """Draw prompts with one or several models, from the same noise; or stream a video."""
+    """Draw or answer prompts with one or several models, from the same noise; or stream a video."""
+    from diffdistill.commands.sessions import is_of_texts
+
     models = [name for name in compare.split(",") if name]
-    changes = [*(overrides or []), *([] if fps is None else [f"sample.fps={fps}"])]
-    options: dict[str, Any] = {
-        "prompts": prompt or [],
-        "steps": steps,
-        "seed": seed,
-        "size": None if size is None else _size(size),
-        "checkpoint": checkpoint,
-        "output": output,
+    changes = list(overrides or [])
+    options: dict[str, Any] = {"prompts": prompt or [], "checkpoint": checkpoint, "output": output}
+    texts: dict[str, Any] = {
+        "plain": plain,
+        "num_answers": num_answers,
+        "max_tokens": max_tokens,
+        "schedule": schedule,
+        "threshold": threshold,
+        "temperature": temperature,
+        "top_p": top_p,
+        "guidance": guidance,
     }
+    pictures: dict[str, Any] = {
+        "size": size,
+        "num_images": num_images,
+        "separate": separate,
+        "stream": stream,
+        "frames": frames,
+        "fps": fps,
+        "switch": switch,
+    }
+    if is_of_texts(source, changes):
+        from diffdistill.commands.sample_text import sample_text
+
+        _refuse(pictures, f"for images and videos, and {source} is of texts")
+        given = texts | {"num_steps": steps, "seed": seed, "plain": None}
+        changes += [f"sample.{k}={v}" for k, v in given.items() if v is not None]
+        changes += ["sample.chat=false"] if plain else []
+        sample_text(source, compare=models, overrides=changes, **options)
+        return
+    _refuse(texts, f"for texts, and {source} is of images or videos")
+    changes += [] if fps is None else [f"sample.fps={fps}"]
+    options |= {"steps": steps, "seed": seed, "size": None if size is None else _size(size)}
     if stream:
         from diffdistill.commands.stream import stream_video
 
@@ -131,14 +178,18 @@ def evaluate(
     source: Source,
     overrides: Overrides = None,
     suite: Annotated[
-        str, typer.Option(help="few-step (images), video, or vbench (files for its harness).")
-    ] = "few-step",
+        str | None,
+        typer.Option(
+            help="few-step (images), video, or vbench (files for its harness); of texts: text "
+            "(likelihood of the data), python, or lm-eval."
+        ),
+    ] = None,
     checkpoint: Checkpoint = "latest",
     output: Annotated[
         Path | None, typer.Option(help="The JSON file; for vbench the folder of the videos.")
     ] = None,
 ) -> None:
-    """Measure quality: of images against the number of sampling steps, or of videos."""
+    """Measure quality: of images against the number of steps, of videos, or of texts."""
     from diffdistill.commands.evaluate import evaluate as command
 
     text = command(
@@ -164,15 +215,41 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     output: Annotated[Path, typer.Argument(help="A folder, or a .safetensors file.")],
     layout: Annotated[
-        str, typer.Option(help="lora, pipeline, single-file, comfyui-lora; auto: lora or pipeline.")
+        str,
+        typer.Option(
+            help="lora, pipeline, single-file, comfyui-lora, model (of texts); auto: lora, or "
+            "all of it."
+        ),
     ] = "auto",
     role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
     checkpoint: Checkpoint = "latest",
 ) -> None:
-    """Export trained weights for diffusers or ComfyUI."""
+    """Export trained weights for diffusers, ComfyUI, transformers or peft."""
     from diffdistill.commands.export import export as command
 
     typer.echo(command(run, output, layout=layout, role=role, checkpoint=checkpoint))
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="An autoregressive LM: a folder, or a hub id.")],
+    output: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    to: Annotated[
+        str, typer.Option(help="The family: bd3lm (block diffusion), mdlm (whole rows).")
+    ] = "bd3lm",
+    mask_token: Annotated[
+        str | None, typer.Option(help="Spelling of the mask token, where there is none.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: bf16, fp16, fp32.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Make an autoregressive language model one of diffusion, to be trained as such."""
+    from diffdistill.commands.convert import convert as command
+
+    text = command(model, output, to=to, mask_token=mask_token, dtype=dtype, revision=revision)
+    typer.echo(text)
 
 
 @app.command("list")
@@ -207,6 +284,13 @@ def doctor() -> None:
     from diffdistill.commands.doctor import diagnose
 
     typer.echo(diagnose())
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raise a ``UserError`` if one of the options was given."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} is {why}")
 
 
 def _size(text: str) -> tuple[int, int]:

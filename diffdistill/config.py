@@ -28,6 +28,7 @@ from diffdistill import catalog
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.roles import RoleSettings
+from diffdistill.sample_settings import SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -84,37 +85,6 @@ class TrainSettings:
 
 
 @dataclass(kw_only=True)
-class SampleSettings:
-    """The pictures that are drawn during training, and the defaults of ``sample``.
-
-    Attributes:
-        every: Training steps between sample grids; None draws none.
-        prompts: What to draw; empty takes the first prompts of the data.
-        num_steps: Sampling steps.
-        num_images: Images (or videos) for each prompt.
-        size: ``(H, W)`` in pixels, for ``prompts``; None takes the first bucket of the data.
-        seed: Seed of the noise.
-        rollouts: Also draw student and teacher side by side at each rollout state; not of videos.
-        num_frames: Frames of a video; None takes ``data.num_frames``.
-        fps: Frames per second of the video files.
-        teacher_steps: Sampling steps of the teacher; None takes ``num_steps``.
-        teacher_guidance: Guidance of the teacher; 1 is none.
-    """
-
-    every: PositiveInt | None = None
-    prompts: list[str] = field(default_factory=list)
-    num_steps: PositiveInt = 4
-    num_images: PositiveInt = 1
-    size: tuple[int, int] | None = None
-    seed: int = 0
-    rollouts: bool = True
-    num_frames: int | None = None
-    fps: PositiveFloat = 16.0
-    teacher_steps: PositiveInt | None = None
-    teacher_guidance: float = 1.0
-
-
-@dataclass(kw_only=True)
 class TrackingSettings:
     """Where metrics go besides ``metrics.jsonl``.
 
@@ -139,10 +109,22 @@ class RunConfig:
     roles: dict[str, RoleSettings]
     data: DataSettings
     train: TrainSettings
-    sample: SampleSettings
+    sample: SampleSettings | TextSampleSettings
     tracking: TrackingSettings
     evaluate: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> SampleSettings:
+        """The section ``sample`` of a run of images or videos."""
+        assert isinstance(self.sample, SampleSettings), "a run of texts draws no pictures"
+        return self.sample
+
+    @property
+    def answers(self) -> TextSampleSettings:
+        """The section ``sample`` of a run of texts."""
+        assert isinstance(self.sample, TextSampleSettings), "a run of pictures gives no answers"
+        return self.sample
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values that YAML and JSON can hold."""
@@ -206,11 +188,11 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
             raise UserError(f"{origin}: unknown section {key!r}{hint}; {catalog.listing(known)}")
     method = _named(values, "method", origin)
     family = _named(values, "family", origin)
-    sections = {
-        key: parse(cls, values.get(key), f"{origin}: {key}") for key, cls in SECTIONS.items()
-    }
+    cls = catalog.load("method", method["name"])
+    settings = SECTIONS | ({"sample": TextSampleSettings} if cls.texts else {})
+    sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
     given_roles = _section(values.get("roles"), f"{origin}: roles")
-    roles = _roles(catalog.load("method", method["name"]), given_roles, origin)
+    roles = _roles(cls, given_roles, origin)
     if sections["train"].ema is not None:
         train = sections["train"]
         average = {"weights": "ema", "decay": train.ema, "start": train.ema_start}
@@ -240,7 +222,10 @@ def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, Role
     roles = {}
     for name, default in known.items():
         where = f"{origin}: roles.{name}"
-        roles[name] = parse(RoleSettings, {**default, **_section(given.get(name), where)}, where)
+        values = {**default, **_section(given.get(name), where)}
+        if values.get("family") is not None:
+            values["family"] = _named(values, "family", where)
+        roles[name] = parse(RoleSettings, values, where)
     return roles
 
 

@@ -37,7 +37,10 @@ class Distributed:
             return
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+        plugin = self.accelerator.state.fsdp_plugin
+        blocks = plugin.transformer_cls_names_to_wrap
         for network in networks:
+            plugin.transformer_cls_names_to_wrap = blocks  # accelerate keeps the first network's
             fsdp2_prepare_model(self.accelerator, network)
 
     def synchronize_on_backward(self, network: nn.Module, enabled: bool) -> None:

@@ -80,34 +80,23 @@ CHUNK_EPSILON = 1e-7
 """How far chunk probabilities stay from 0 and 1 (TIDE's code); a logit is at most 16.118."""
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))`` of logits, ``[...]``.
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the total variation distance of the softmax of logits, ``[...]``, in [0, 1].
 
-    The gradient in the student's logits is ``T (softmax(student / T) - softmax(teacher / T))``.
+    Half the L1 distance of the probabilities, a loss of SDTT (arXiv:2410.21035). Its code has
+    the L1 distance of the log-probabilities under this name.
     """
-    ours, theirs = _log_softmax(student, teacher, temperature)
-    return temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=-1)
+    ours, theirs = _log_softmax(student, teacher)
+    return 0.5 * (ours.exp() - theirs.exp()).abs().sum(dim=-1)
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return ``T^2 KL(softmax(student / T) || softmax(teacher / T))`` of logits, ``[...]``."""
-    ours, theirs = _log_softmax(student, teacher, temperature)
-    return temperature**2 * (ours.exp() * (ours - theirs)).sum(dim=-1)
+def logprob_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the squared error of log-probabilities, a mean over the vocabulary, ``[...]``.
 
-
-@torch.no_grad()
-def tidal_logits(student: Tensor, teacher: Tensor, rate: Tensor) -> Tensor:
-    """Return the target between two logits ``[..., V]``, a constant, float32.
-
-    Eq. 3 of TIDE (arXiv:2604.26951): ``(1 - rate) student + rate teacher``, to be divided by the
-    temperature with the student's. At rate 0 the student is its own target.
-
-    Args:
-        student: The student's logits; they get no gradient from here.
-        teacher: The teacher's.
-        rate: The teacher's share, broadcastable.
+    The mean squared error of SDTT, in its code. Tokens that are impossible to both count 0.
     """
-    return torch.lerp(student.float(), teacher.float(), rate.float().expand_as(student))
+    ours, theirs = _log_softmax(student, teacher)
+    return (ours - theirs).nan_to_num(nan=0.0).square().mean(dim=-1)
 
 
 @torch.no_grad()
@@ -168,6 +157,6 @@ def reverse_binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return reverse_calm(student, teacher) - entropy
 
 
-def _log_softmax(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    ours = torch.log_softmax(student.float() / temperature, dim=-1)
-    return ours, torch.log_softmax(teacher.detach().float() / temperature, dim=-1)
+def _log_softmax(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    ours = torch.log_softmax(student.float(), dim=-1)
+    return ours, torch.log_softmax(teacher.detach().float(), dim=-1)

@@ -1,7 +1,7 @@
 """A distillation method: which losses a batch gives rise to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar
 
 from diffdistill.types import Batch, Loss, Progress
@@ -17,14 +17,24 @@ class Method(ABC):
     Attributes:
         roles: The settings of each role where a config file says nothing (see ``roles``).
         streams: Whether the student streams, and the family must be able to.
+        texts: Whether it is for language models, and ``family`` a ``texts.TextFamily``.
     """
 
     roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     streams: ClassVar[bool] = False
+    texts: ClassVar[bool] = False
 
     @abstractmethod
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield each loss in turn. The trainer back-propagates one before asking for the next."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return numbers of a batch whose sum over the optimizer step ``losses`` must know.
+
+        For a mean over other things than a loss counts. They must not depend on a model. Without
+        any, micro-batches are read one after the other.
+        """
+        return {}
 
     def needs_images(self) -> bool:
         """Return whether every example must have an image."""
@@ -36,6 +46,14 @@ class Method(ABC):
         Called after each step that was finite, the same on all ranks. Names are those of
         ``Loss.metrics``, followed by a slash and the role.
         """
+
+    def renewals(self) -> Mapping[str, Container[int]]:
+        """Return after which updates a role becomes a copy of the role that it follows.
+
+        By the name of the role, which must be an average (``weights: ema``). It is in the
+        checkpoint as any average is.
+        """
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep besides weights, as JSON values."""

@@ -5,6 +5,7 @@ share of kept tokens is ``1 - t``). A *span* is what shares one t: the whole seq
 LLaDA, dllm) or one block (BD3LM, arXiv:2503.09573). Random numbers are keyed by sample.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from diffdistill.draws import Draws
 
 NelboWeight = Literal["nelbo", "uniform"]
+Spread = Literal["spans", "draws", "none"]
 TokenLogprob = Callable[[Tensor, Tensor], Tensor]
 """``(noised ids [B, L], masked [B, L]) -> log-probability [B, L]`` of the clean tokens."""
 
@@ -50,6 +52,8 @@ class MaskNoise:
             over a sample's own spans, 0 draws each alone.
         resample: Mask a span again where the share of masked tokens came out outside of
             [low, high] (``training.resample`` of bd3lms).
+        length: Tokens of the longest row, where batches may be filled up to different lengths:
+            noise levels then depend on the sample alone. None takes the rows as they are.
     """
 
     mask_id: int
@@ -58,6 +62,7 @@ class MaskNoise:
     high: float = 1.0
     stratify: int = 1
     resample: bool = False
+    length: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse an interval that is none."""
@@ -73,7 +78,6 @@ class MaskNoise:
         ids: Tensor,
         *,
         purpose: str = "mask",
-        chunks: Tensor | None = None,
     ) -> NoisedTokens:
         """Return ``clean`` ``[B, L]`` with some of its maskable tokens masked.
 
@@ -83,20 +87,17 @@ class MaskNoise:
             draws: Random numbers of the run.
             ids: The number of each sample, ``[B]``.
             purpose: Key of the random numbers.
-            chunks: Chunk of each token, ``[B, L]``, -1 for none; a chunk is masked as a whole
-                or not at all (see ``with_whole_chunks``).
         """
         length = clean.shape[1]
-        num_spans = -(-length // (self.block or length))
-        t = span_times(draws, f"{purpose}/t", ids, num_spans, stratify=self.stratify)
+        num_spans = math.ceil(length / (self.block or length))
+        drawn = math.ceil((self.length or length) / self.block) if self.block else 1
+        t = span_times(draws, f"{purpose}/t", ids, drawn, stratify=self.stratify)[:, :num_spans]
         t = self.low + (self.high - self.low) * t
         level = per_token(t, length, self.block)
         numbers = uniform(draws, f"{purpose}/token", ids, (length,))
         masked = (numbers < level) & maskable
         if self.resample:
             masked = self._resampled(masked, level, maskable, draws, ids, purpose)
-        if chunks is not None:
-            masked = with_whole_chunks(masked, maskable, chunks)
         return NoisedTokens(torch.where(masked, self.mask_id, clean), t, masked)
 
     def _resampled(
@@ -193,25 +194,6 @@ def _spans(values: Tensor, block: int | None, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, short), value=fill).unflatten(1, (-1, size))
 
 
-def with_whole_chunks(masked: Tensor, maskable: Tensor, chunks: Tensor) -> Tensor:
-    """Return ``masked`` ``[B, L]`` extended to the whole of every chunk it touches.
-
-    More is masked than the noise level says, so that a weight of 1 / t no longer gives an
-    unbiased bound: log ``mask_rate`` beside t. Tokens of chunk -1 stay as they are.
-    """
-    active = active_chunks(masked, chunks)
-    touched = active.gather(1, chunks.clamp(min=0)) & (chunks >= 0)
-    return masked | (touched & maskable)
-
-
-def active_chunks(masked: Tensor, chunks: Tensor) -> Tensor:
-    """Return the chunks ``[B, N]`` with a masked token; N is one more than the highest chunk."""
-    num_chunks = max(int(chunks.max()) + 1, 1) if chunks.numel() else 1
-    counts = torch.zeros(len(chunks), num_chunks, dtype=torch.long, device=chunks.device)
-    hits = masked & (chunks >= 0)
-    return counts.scatter_add_(1, chunks.clamp(min=0), hits.long()) > 0
-
-
 def mask_rate(masked: Tensor, maskable: Tensor) -> Tensor:
     """Return the share of maskable tokens that are masked, a scalar."""
     return (masked & maskable).sum() / maskable.sum().clamp(min=1)
@@ -291,6 +273,7 @@ def likelihood_bound(
     mask_id: int,
     block: int | None,
     num_draws: int,
+    spread: Spread = "spans",
 ) -> Estimate:
     """Return the same bound from exact counts: k of a span's n tokens, weighted with ``n / k``.
 
@@ -299,13 +282,18 @@ def likelihood_bound(
     less variance and without a cut near 0. Arguments as in ``nelbo``; ``block`` None takes the
     maskable tokens of a sequence as one span (which is unbiased for a block model too, at a
     higher variance).
+
+    ``spread`` says over what the counts of a sequence are spread evenly, each alone being uniform:
+    over the ``spans`` of a draw; over the ``draws`` of a span, where the error is at most the one
+    returned, which takes draws for independent; or over nothing (``none``). With the latter two a
+    sequence's masks do not depend on how far its row is filled up.
     """
     length = clean.shape[1]
     num_spans = -(-length // (block or length))
     total = span_sums(maskable, block)
 
     def draw(index: int) -> tuple[Tensor, Tensor, Tensor]:
-        times = span_times(draws, f"bound/{index}/k", ids, num_spans)
+        times = _levels(draws, ids, num_spans, index, num_draws, spread)
         count = per_token((times * total).floor().add(1).minimum(total), length, block)
         numbers = uniform(draws, f"bound/{index}/token", ids, (length,))
         masked = span_ranks(numbers, maskable, block) < count
@@ -313,6 +301,25 @@ def likelihood_bound(
         return torch.where(masked, mask_id, clean), masked, weight
 
     return _estimate(logprob, maskable, draw, num_draws)
+
+
+def _levels(
+    draws: Draws, ids: Tensor, num_spans: int, index: int, num_draws: int, spread: Spread
+) -> Tensor:
+    """Return a number in [0, 1) for each span of one of the draws, ``[B, spans]``."""
+    if spread == "spans":
+        return span_times(draws, f"bound/{index}/k", ids, num_spans)
+    within = uniform(draws, f"bound/{index}/k", ids, (num_spans,))
+    if spread == "none":
+        return within
+    rows = [
+        [
+            int(torch.randperm(num_draws, generator=draws.generator(f"bound/{span}", n))[index])
+            for span in range(num_spans)
+        ]
+        for n in ids.tolist()
+    ]
+    return (torch.tensor(rows, device=ids.device) + within) / num_draws
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 
 from diffdistill.clips import clip_suffix
 from diffdistill.data.cache import EncodedDataset
+from diffdistill.data.dataset import ExampleDataset
 from diffdistill.grids import save_grid
 from diffdistill.sampling import (
     NUM_ROLLOUTS,
@@ -40,12 +41,14 @@ class Painter:
         self, session: Session, encoded: EncodedDataset, output: Path, *, main: bool
     ) -> None:
         self.session = session
-        self.settings = session.config.sample
+        self.settings = session.config.pictures
+        assert isinstance(encoded.dataset, ExampleDataset)
         self.encoded = encoded
+        self.dataset = encoded.dataset
         self.folder = output / "samples"
         self.main = main
         if self.settings.every is not None:
-            self.size = self.settings.size or encoded.dataset.buckets[0]
+            self.size = self.settings.size or self.dataset.buckets[0]
             if self.settings.prompts:
                 self.prompts = encode_prompts(session, self.settings.prompts, self.size)
             else:
@@ -53,7 +56,7 @@ class Painter:
 
     def _distinct(self) -> list[Example]:
         """Return the first examples with different prompts, of the size of the first."""
-        dataset = self.encoded.dataset
+        dataset = self.dataset
         first = {p: i for i, p in reversed(list(enumerate(dataset.prompts)))}
         alike = [i for i in sorted(first.values()) if dataset.groups[i] == dataset.groups[0]]
         return [dataset[index] for index in alike[:NUM_PROMPTS]]
@@ -100,9 +103,9 @@ class Painter:
 
     def _first_examples(self) -> Batch:
         """Return a batch of the first examples that share a size."""
-        groups = self.encoded.dataset.groups
+        groups = self.dataset.groups
         alike = [i for i, group in enumerate(groups) if group == groups[0]][:NUM_ROLLOUTS]
         batch = self.session.family.collate([self.encoded[i] for i in alike])
         batch["ids"] = torch.tensor(alike, device=self.session.device)
-        batch["prompts"] = [self.encoded.dataset.prompts[i] for i in alike]
+        batch["prompts"] = [self.dataset.prompts[i] for i in alike]
         return batch

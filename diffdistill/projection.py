@@ -65,11 +65,17 @@ def prediction_rows(prediction: Prediction) -> Tensor:
     return prediction.hidden if isinstance(prediction, Projection) else prediction
 
 
-def at(prediction: Prediction, mask: Tensor) -> Prediction:
-    """Return the rows of a prediction ``[..., V]`` that ``mask`` ``[...]`` chooses, ``[N, V]``."""
-    if isinstance(prediction, Projection):
-        return prediction._replace(hidden=prediction.hidden[mask])
-    return prediction[mask]
+def with_rows(prediction: Prediction, rows: Tensor) -> Prediction:
+    """Return the prediction of other rows (see ``prediction_rows``) under the same head."""
+    return prediction._replace(hidden=rows) if isinstance(prediction, Projection) else rows
+
+
+def at(prediction: Prediction, index: Tensor | tuple[Tensor, ...]) -> Prediction:
+    """Return the rows of a prediction ``[..., V]`` that an index chooses, ``[N, V]``.
+
+    The index is a mask ``[...]``, or the numbers ``[N]`` of each axis but the last.
+    """
+    return with_rows(prediction, prediction_rows(prediction)[index])
 
 
 def without(prediction: Prediction, ids: Sequence[int]) -> Prediction:
@@ -95,7 +101,8 @@ def dense(prediction: Prediction) -> Tensor:
     shape = prediction.hidden.shape[:-1]
     hidden = prediction.hidden.reshape(-1, prediction.hidden.shape[-1])
     form = _form(prediction, None)
-    return form.logits(hidden, prediction.weight, prediction.bias).reshape(*shape, -1)
+    logits = form.logits(hidden, prediction.weight, prediction.bias)
+    return logits.reshape(*shape, logits.shape[-1])
 
 
 def token_logprob(
@@ -291,7 +298,9 @@ class _Plan:
         if target is not None:
             if share is not None:
                 part = share.to(target.dtype)[:, None]
-                target = (1.0 - part) * logits.detach() + part * target
+                # Finite, because 0 times the logit of a suppressed token would be NaN.
+                ours = logits.detach().clamp_min(IMPOSSIBLE)
+                target = (1.0 - part) * ours + part * target.clamp_min(IMPOSSIBLE)
             other = F.log_softmax(target.to(own.dtype) / self.temperature, dim=-1)
             teacher = other.clamp_min(IMPOSSIBLE)
         makers: Mapping[str, Callable[[], Tensor]] = {

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
 from diffdistill.errors import UserError
+from diffdistill.projection import Prediction, Projection
 from diffdistill.types import Condition, State
 
 
@@ -38,6 +39,8 @@ class RoleSettings:
         start: Updates of that role during which the ``ema`` is a copy of it.
         lr: Learning rate, where it differs from ``train.lr``.
         head: Add a classifier head on the features, for adversarial terms.
+        family: Of a text model: the family (name, path and options) that a teacher of another
+            kind than the student is of, with its own tokenizer. None is the run's ``family``.
     """
 
     weights: Literal["trained", "ema", "frozen", "live"] = "trained"
@@ -52,6 +55,7 @@ class RoleSettings:
     start: int = 0
     lr: float | None = None
     head: bool = False
+    family: dict[str, Any] | None = None
 
 
 class Caller(Protocol):
@@ -63,7 +67,7 @@ class Caller(Protocol):
         """Return a freshly loaded network, of the family's checkpoint or of another."""
         ...
 
-    def predict(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, state: State, condition: Condition) -> Prediction:
         """Return the canonical prediction of ``network``."""
         ...
 
@@ -107,15 +111,16 @@ class Role:
     head: Head | None = None
     autocast: torch.dtype | None = None
 
-    def __call__(self, state: State, condition: Condition) -> Tensor:
-        """Return the prediction at ``state``, float32."""
-        with self._acting(state.x.device):
-            return self.family.predict(self.network, state, condition).float()
+    def __call__(self, state: State, condition: Condition) -> Any:
+        """Return the prediction at ``state``: a float32 tensor, or a ``Projection`` as it is."""
+        with self.acting(state.x.device):
+            found = self.family.predict(self.network, state, condition)
+            return found if isinstance(found, Projection) else found.float()
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""
         assert self.head is not None, f"role {self.name} has no head"
-        with self._acting(state.x.device):
+        with self.acting(state.x.device):
             features = self.family.features(self.network, state, condition)
             return self.head(features.float()).float()
 
@@ -143,14 +148,14 @@ class Role:
         return own
 
     @contextmanager
-    def _acting(self, device: torch.device) -> Iterator[None]:
+    def acting(self, device: torch.device) -> Iterator[None]:
+        """Let calls of the network within the block be this role's."""
         layers = layers_of(self.network)
-        enabled = self.autocast is not None
         learns = torch.is_grad_enabled() and self.settings.weights != "live"
         with (
             active(layers, self.adapter),
             torch.set_grad_enabled(learns),
-            torch.autocast(device.type, dtype=self.autocast, enabled=enabled),
+            torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
         ):
             yield
 
@@ -173,7 +178,9 @@ def enable_checkpointing(network: nn.Module) -> None:
     Raises:
         UserError: If the network cannot recompute its blocks.
     """
-    if not hasattr(network, "enable_gradient_checkpointing"):
+    described: Any = network
+    of_diffusers = hasattr(network, "enable_gradient_checkpointing")
+    if not of_diffusers and not getattr(network, "supports_gradient_checkpointing", False):
         raise UserError(f"{type(network).__name__} has no gradient checkpointing")
 
     def run(block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,8 +193,13 @@ def enable_checkpointing(network: nn.Module) -> None:
 
         return checkpoint(block_as_called, *args, use_reentrant=False, **kwargs)
 
-    enable: Any = network.enable_gradient_checkpointing
-    enable(gradient_checkpointing_func=run)
+    if of_diffusers:
+        described.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+        return
+    described._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
+    for module in network.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # transformers asks the layer; what is in it stays as it was
 
 
 @dataclass
@@ -224,27 +236,42 @@ class Roles:
                     parameter.lerp_(source[name].to(parameter.dtype), share)
 
 
-def build_roles(settings: Mapping[str, RoleSettings], family: Caller, *, seed: int = 0) -> Roles:
+def build_roles(
+    settings: Mapping[str, RoleSettings],
+    family: Caller,
+    *,
+    others: Mapping[str, Caller] | None = None,
+    seed: int = 0,
+) -> Roles:
     """Return the roles, sharing one base network wherever their settings allow it.
 
     Adapter roles and frozen roles without a ``path`` share the base; a fully trained role gets
     a network of its own.
+
+    Args:
+        settings: Where the weights of each role come from.
+        family: The run's family.
+        others: The families of the roles that have one of their own.
+        seed: Of the adapters' initialization.
 
     Raises:
         UserError: If a role follows one that is not there or not trained.
     """
     _check(settings)
     roles = Roles()
-    networks = _Networks(family, settings)
+    others = others or {}
+    shared = {name: chosen for name, chosen in settings.items() if name not in others}
+    networks = {name: _Networks(own, {name: settings[name]}) for name, own in others.items()}
+    networks |= dict.fromkeys(shared, _Networks(family, shared))
     ordered = sorted(settings.items(), key=lambda item: _turn(item[1]))
     for name, chosen in ordered:
         if chosen.weights == "live":
             source = roles[chosen.of]
-            roles.by_name[name] = Role(name, chosen, family, source.network, source.adapter)
+            roles.by_name[name] = Role(name, chosen, source.family, source.network, source.adapter)
         elif chosen.weights == "ema":
-            roles.by_name[name] = _averaged(name, chosen, family, roles[chosen.of])
+            roles.by_name[name] = _averaged(name, chosen, roles[chosen.of])
         else:
-            roles.by_name[name] = _loaded(name, chosen, family, networks, roles, seed)
+            roles.by_name[name] = _loaded(name, chosen, networks[name], roles, seed)
     roles.by_name = {name: roles[name] for name in settings}
     for role in roles.by_name.values():
         for parameter in role.parameters().values():
@@ -286,14 +313,8 @@ def _keeps_base(settings: RoleSettings) -> bool:
     )
 
 
-def _loaded(
-    name: str,
-    chosen: RoleSettings,
-    family: Caller,
-    networks: _Networks,
-    roles: Roles,
-    seed: int,
-) -> Role:
+def _loaded(name: str, chosen: RoleSettings, networks: _Networks, roles: Roles, seed: int) -> Role:
+    family = networks.family
     if chosen.weights == "frozen":
         return Role(name, chosen, family, networks.shared(chosen.path))
     head = _new_head(networks.shared(chosen.path), seed) if chosen.head else None
@@ -305,8 +326,8 @@ def _loaded(
     return Role(name, chosen, family, network, adapter=name, head=head)
 
 
-def _averaged(name: str, chosen: RoleSettings, family: Caller, source: Role) -> Role:
-    form = source.settings
+def _averaged(name: str, chosen: RoleSettings, source: Role) -> Role:
+    form, family = source.settings, source.family
     chosen = replace(
         chosen, adapter=form.adapter, rank=form.rank, alpha=form.alpha, targets=form.targets
     )

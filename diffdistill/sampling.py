@@ -19,7 +19,7 @@ from diffdistill.errors import UserError
 from diffdistill.protocols import Model
 from diffdistill.readouts import clean_of, guided
 from diffdistill.roles import Role, RoleSettings
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 from diffdistill.types import Batch, Condition, Example, State
 
 IMAGES_PER_PROMPT = 2**20
@@ -102,8 +102,8 @@ def base_role(session: Session) -> Role:
     settings = RoleSettings(weights="frozen", path=student.settings.path)
     network = student.network
     if student.adapter is None:
-        network = session.family.network(settings.path).requires_grad_(False).eval()
-    return Role("base", settings, session.family, network, autocast=student.autocast)
+        network = student.family.network(settings.path).requires_grad_(False).eval()
+    return Role("base", settings, student.family, network, autocast=student.autocast)
 
 
 def makes_videos(session: Session) -> bool:
@@ -120,7 +120,7 @@ def clip_frames(session: Session) -> int | None:
     if not makes_videos(session):
         return None
     config = session.config
-    found = config.sample.num_frames or config.data.num_frames
+    found = config.pictures.num_frames or config.data.num_frames
     if found is None:
         name = config.family["name"]
         raise UserError(f"the family {name} makes videos: set sample.num_frames or data.num_frames")
@@ -140,7 +140,7 @@ def encode_examples(session: Session, examples: Sequence[Example]) -> Encoded:
     frames = clip_frames(session)
     shown = [example.without_target()._replace(num_frames=frames) for example in examples]
     with torch.no_grad():
-        items = session.family.encode(shown, privileged=False)
+        items = flow_family(session).encode(shown, privileged=False)
     session.family.release()
     apart = any(example.references for example in examples)
     return Encoded([example.prompt for example in examples], items, apart)
@@ -206,15 +206,15 @@ def generate(
         for part in _micro_batches(prompts, chosen, micro_batch):
             batch = prompt_batch(session, prompts, part)
             latents.append(
-                session.family.sample(
+                flow_family(session).sample(
                     _guided(session, model, batch, guidance),
-                    session.family.condition(batch),
+                    flow_family(session).condition(batch),
                     _noise(session, batch, draws),
                     num_steps=num_steps,
                     renoise=_renoise(session, model, batch, draws),
                 )
             )
-        pixels = [session.family.decode(part).float().cpu() for part in latents]
+        pixels = [flow_family(session).decode(part).float().cpu() for part in latents]
     session.family.release()
     return torch.cat(pixels)
 
@@ -240,13 +240,13 @@ def _micro_batches(
 def _guided(session: Session, model: Model, batch: Batch, guidance: float) -> Model:
     if guidance == 1.0:
         return model
-    negative = session.family.condition(batch, negative=True)
+    negative = flow_family(session).condition(batch, negative=True)
     return Guided(model, negative, guidance, getattr(model, "name", ""))
 
 
 def _noise(session: Session, batch: Batch, draws: Draws) -> Tensor:
     """Return the initial noise of a batch."""
-    shape = session.family.latent_shape(batch)
+    shape = flow_family(session).latent_shape(batch)
     if not hasattr(session.family, "block_frames"):
         return draws.normal("sample", batch["ids"], shape)
     return _by_block(session, batch, lambda block: f"stream/{block}", draws)
@@ -263,7 +263,7 @@ def _renoise(
         return cache(
             lambda step: _by_block(session, batch, lambda block: f"renoise/{block}/{step}", draws)
         )
-    shape = session.family.latent_shape(batch)
+    shape = flow_family(session).latent_shape(batch)
     return lambda index: draws.normal(f"renoise/{index}", batch["ids"], shape)
 
 
@@ -277,7 +277,7 @@ def _by_block(
     session: Session, batch: Batch, purpose: Callable[[int], str], draws: Draws
 ) -> Tensor:
     """Return noise ``[B, C, F, h, w]`` of a clip, drawn for each block of a stream."""
-    channels, frames, *size = session.family.latent_shape(batch)
+    channels, frames, *size = flow_family(session).latent_shape(batch)
     block: int = getattr(session.family, "block_frames")  # noqa: B009 - of streaming families
     parts = [
         draws.normal(purpose(index), batch["ids"], (channels, block, *size))
@@ -296,10 +296,10 @@ def rollout_figure(session: Session, batch: Batch, num_steps: int, seed: int) ->
     with inference(session):
         latents, captions = _predictions(session, batch, num_steps, seed)
         if batch["latents"].any():
-            latents.insert(0, session.family.clean(batch))
+            latents.insert(0, flow_family(session).clean(batch))
             captions.insert(0, "target")
         shown = torch.stack([column[:NUM_ROLLOUTS] for column in latents], dim=1)
-        pixels = torch.cat([session.family.decode(row).float().cpu() for row in shown])
+        pixels = torch.cat([flow_family(session).decode(row).float().cpu() for row in shown])
     session.family.release()
     return Grid(pixels, len(captions), captions)
 
@@ -308,7 +308,7 @@ def _predictions(
     session: Session, batch: Batch, num_steps: int, seed: int
 ) -> tuple[list[Tensor], list[str]]:
     """Return clean latents ``[B, C, H, W]`` and a caption for each state and side."""
-    family, roles = session.family, session.roles.by_name
+    family, roles = flow_family(session), session.roles.by_name
     shown = family.condition(batch, exposure=getattr(session.method, "exposure", 0.0))
     noise = Draws(seed).normal("rollout", batch["ids"], family.latent_shape(batch))
     walk = family.walk(roles["student"], family.condition(batch), noise, num_steps=num_steps)

@@ -15,6 +15,9 @@ from diffdistill.errors import UserError
 from diffdistill.method import Method
 from diffdistill.panel import Deferred, Panel
 from diffdistill.pipelines.flow import FlowFamily
+from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.model_family import ModelFamily
+from diffdistill.pipelines.text_pair import Reading, TextPair
 from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
 
@@ -27,7 +30,8 @@ class Session:
 
     Attributes:
         config: The checked config.
-        family: The model family, with its encoders.
+        family: The model family, with its encoders; of language models, the student's and the
+            teacher's.
         roles: The models.
         method: The method, wired to them.
         draws: The random numbers of the run.
@@ -35,7 +39,7 @@ class Session:
     """
 
     config: RunConfig
-    family: FlowFamily
+    family: FlowFamily | TextPair
     roles: Roles
     method: Method
     draws: Draws
@@ -51,11 +55,37 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def build_family(settings: Mapping[str, Any], device: torch.device) -> FlowFamily:
+def build_family(settings: Mapping[str, Any], device: torch.device) -> ModelFamily:
     """Return the family of a config's ``family`` section; no weights are loaded yet."""
     options = {k: v for k, v in settings.items() if k not in ("name", "path")}
     family = catalog.load("family", settings["name"])
-    return family(path=resolve_model(settings["path"]), device=device, **options)
+    try:
+        built: ModelFamily = family(path=resolve_model(settings["path"]), device=device, **options)
+    except UserError as error:
+        raise UserError(f"family {settings['name']}: {error}") from error
+    return built
+
+
+def flow_family(session: Session) -> FlowFamily:
+    """Return the family of a session, which has to be of images or videos.
+
+    Raises:
+        UserError: If it is of texts.
+    """
+    if isinstance(session.family, FlowFamily):
+        return session.family
+    raise UserError(f"family {session.config.family['name']} makes texts, not images or videos")
+
+
+def text_pair(session: Session) -> TextPair:
+    """Return the readers of a session, which has to be of texts.
+
+    Raises:
+        UserError: If it is of images or videos.
+    """
+    if isinstance(session.family, TextPair):
+        return session.family
+    raise UserError(f"family {session.config.family['name']} makes images or videos, not texts")
 
 
 def resolve_model(path: str) -> str:
@@ -72,9 +102,10 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     """
     device = device or default_device()
     family = build_family(config.family, device)
+    others = _other_families(config, family, device)
     _check_quantized(config)
     draws = Draws(config.train.seed)
-    roles = build_roles(_resolved(config.roles), family, seed=config.train.seed)
+    roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
     for role in roles.by_name.values():
         role.autocast = DTYPES[config.train.precision]
     if config.train.gradient_checkpointing:
@@ -83,16 +114,55 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     if config.train.compile:
         if any(role.head is not None for role in roles.by_name.values()):
             raise UserError("train.compile cannot be combined with a role's head: true")
-        for network in roles.networks():
-            network.compile()
-    method = _wire(config, family, roles, draws)
-    return Session(config, family, roles, method, draws, device)
+        for network in roles.networks():  # of language models, what is called
+            getattr(network, "base_model", network).compile()
+    read = _read_by(config, family, others)
+    method = _wire(config, read, roles, draws)
+    return Session(config, read, roles, method, draws, device)
+
+
+def _other_families(
+    config: RunConfig, family: ModelFamily, device: torch.device
+) -> dict[str, LanguageFamily]:
+    """Return the family of each role that is not of the run's.
+
+    Raises:
+        UserError: If it is not the teacher of a text model.
+    """
+    others = {}
+    for name, role in config.roles.items():
+        if role.family is None:
+            continue
+        other = build_family(role.family, device)
+        fits = isinstance(family, LanguageFamily) and isinstance(other, LanguageFamily)
+        if name != "teacher" or not fits:
+            raise UserError(f"roles.{name}.family: only the teacher of a text model may have one")
+        assert isinstance(other, LanguageFamily)
+        others[name] = other
+    return others
+
+
+def _read_by(
+    config: RunConfig, family: ModelFamily, others: Mapping[str, LanguageFamily]
+) -> FlowFamily | TextPair:
+    """Return what reads the data: the family, or of texts both families."""
+    if isinstance(family, LanguageFamily):
+        data = config.data
+        reading = Reading(
+            turns="all" if data.turns == "all" else "last",
+            packing=data.packing,
+            truncate=data.truncate,
+            skip=data.on_error == "skip",
+        )
+        return TextPair(family, others.get("teacher", family), reading)
+    assert isinstance(family, FlowFamily)
+    return family
 
 
 def _check_quantized(config: RunConfig) -> None:
     """Refuse to train weights that are stored rounded."""
-    stored = config.family.get("quantize", "none")
     for name, role in config.roles.items():
+        stored = (role.family or config.family).get("quantize", "none")
         if stored != "none" and role.weights == "trained" and role.adapter == "none":
             raise UserError(
                 f"family.quantize: {stored} stores the network rounded, so roles.{name} cannot "
@@ -139,9 +209,16 @@ def load_rewards(reward: Any) -> None:
         _ = member.loaded
 
 
-def _wire(config: RunConfig, family: FlowFamily, roles: Roles, draws: Draws) -> Method:
+def _wire(config: RunConfig, family: FlowFamily | TextPair, roles: Roles, draws: Draws) -> Method:
     cls = catalog.load("method", config.method["name"])
     options = {k: v for k, v in config.method.items() if k != "name"}
+    if cls.texts != isinstance(family, TextPair):
+        kind = "texts: it needs a family" if cls.texts else "images and videos: it needs a family"
+        other = "bd3lm" if cls.texts else "flux2-klein"
+        raise UserError(
+            f"method {config.method['name']} is for {kind} such as family.name: {other}, not "
+            f"{config.family['name']}"
+        )
     if cls.streams != hasattr(family, "rollout"):
         able = "streams: it needs a family that does" if cls.streams else "does not stream"
         other = "wan-streaming" if cls.streams else "wan"

@@ -6,7 +6,7 @@ what an exported ``StreamingPipeline`` streams.
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.pipelines.switching import block_of
 from diffdistill.protocols import Model
 from diffdistill.sampling import Encoded, prompt_batch, renoises
 from diffdistill.session import Session
@@ -65,11 +66,6 @@ def streaming_family(session: Session, name: str) -> "WanStreaming":
     if not streams(session, name):
         raise UserError(f"the {name} looks at a whole clip and does not stream: name the student")
     return cast("WanStreaming", session.family)
-
-
-def block_of(family: "WanStreaming", frame: int) -> int:
-    """Return the block of a stream that holds a pixel frame."""
-    return -(-frame // family.time_stride) // family.block_frames
 
 
 def num_blocks(family: "WanStreaming", num_frames: int) -> int:
@@ -159,28 +155,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def switched(
-    family: "WanStreaming", switches: Sequence[tuple[int, str]], prompt: str
-) -> tuple[list[str], dict[int, int]]:
-    """Return all prompts, and for each block that begins another one its index.
-
-    Args:
-        family: Says which block holds a frame.
-        switches: Pixel frame and prompt of each switch.
-        prompt: The first prompt.
-
-    Raises:
-        UserError: If two are in one block, which can only be told one prompt.
-    """
-    starts: dict[int, int] = {}
-    for index, (frame, text) in enumerate(sorted(switches), start=1):
-        block = block_of(family, frame)
-        if block in starts:
-            raise UserError(
-                f"--switch {frame}:{text}: the block with that frame has a switch already; a "
-                f"block is {family.block_frames * family.time_stride} frames"
-            )
-        starts[block] = index
-    return [prompt, *(text for _, text in sorted(switches))], starts

@@ -1,9 +1,11 @@
 """Texts as token ids, and what a method may ask of a family of text models."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from diffdistill.projection import Prediction
 from diffdistill.types import Batch, Condition, State
 
 Reader: TypeAlias = Literal["student", "teacher"]
@@ -25,11 +27,45 @@ class Text(NamedTuple):
     chunks: Tensor
 
 
+class Format(NamedTuple):
+    """How one reader's texts are laid out.
+
+    Attributes:
+        mask_id: Id of the mask token, which is never predicted.
+        block: Tokens that are denoised together; rows begin with a block.
+        length: Tokens of the longest row.
+    """
+
+    mask_id: int
+    block: int
+    length: int
+
+
+class TextModel(Protocol):
+    """A network of token ids behind one call.
+
+    Returns logits ``[B, L, V]``, or the ``Projection`` that they are made from; those at i are
+    about ``state.x[:, i]``, and the mask token is impossible (SUBS).
+    """
+
+    def __call__(self, state: State, condition: Condition) -> Prediction:
+        """Return the prediction at ``state`` under ``condition``."""
+        ...
+
+
 class TextFamily(Protocol):
     """A family of masked-diffusion models, with a student and a teacher that read texts.
 
     The two may have tokenizers, chat templates, mask tokens and lengths of their own.
     """
+
+    def format(self, *, reader: Reader = "student") -> Format:
+        """Return how the reader's texts are laid out."""
+        ...
+
+    def spellings(self, *, reader: Reader = "student") -> Sequence[bytes | None]:
+        """Return what each token id of the reader spells, None of special tokens."""
+        ...
 
     def text(self, batch: Batch, *, reader: Reader = "student") -> Text:
         """Return the texts of ``batch`` as the reader has them."""

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from diffdistill.errors import MissingExtra
 
 
 class Sink(Protocol):
-    """Something that takes scalars and pictures."""
+    """Something that takes scalars, pictures and texts."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Take the scalars of one step."""
@@ -23,6 +24,10 @@ class Sink(Protocol):
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Take a PNG, GIF or MP4 file."""
+        ...
+
+    def text(self, step: int, name: str, path: Path) -> None:
+        """Take a Markdown file."""
         ...
 
     def close(self) -> None:
@@ -46,6 +51,9 @@ class JsonLines:
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Pictures are files already."""
+
+    def text(self, step: int, name: str, path: Path) -> None:
+        """Texts are files already."""
 
     def close(self) -> None:
         """Sync the file to the disk and close it."""
@@ -80,6 +88,10 @@ class TensorBoard:
 
         self.writer.add_image(name, pil_to_tensor(still(path)), step)
 
+    def text(self, step: int, name: str, path: Path) -> None:
+        """Write the text."""
+        self.writer.add_text(name, path.read_text(), step)
+
     def close(self) -> None:
         """Flush and close."""
         self.writer.close()
@@ -111,6 +123,11 @@ class WandB:
         """Log the picture or video."""
         kind = self.wandb.Video if is_clip(path) else self.wandb.Image
         self.run.log({name: kind(str(path))}, step=step)
+
+    def text(self, step: int, name: str, path: Path) -> None:
+        """Log the text, as it is written."""
+        page = f"<pre>{escape(path.read_text())}</pre>"
+        self.run.log({name: self.wandb.Html(page)}, step=step)
 
     def close(self) -> None:
         """Finish the run."""
@@ -172,3 +189,8 @@ class Tracker:
         """Log a picture."""
         for sink in self.sinks:
             sink.picture(step, name, path)
+
+    def text(self, step: int, name: str, path: Path) -> None:
+        """Log a text."""
+        for sink in self.sinks:
+            sink.text(step, name, path)

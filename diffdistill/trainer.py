@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,9 @@ from diffdistill.checkpoints import (
 )
 from diffdistill.distributed import Distributed, clip_gradients
 from diffdistill.errors import UserError
+from diffdistill.method import Method
 from diffdistill.optimizers import make_optimizer
+from diffdistill.roles import copy_parameters
 from diffdistill.schedules import learning_rate_factor
 from diffdistill.session import Session
 from diffdistill.types import Batch, Loss, Progress
@@ -79,6 +81,7 @@ class Trainer:
         for role in session.roles.trained():
             lr = self.settings.lr if role.settings.lr is None else role.settings.lr
             self.optimizers[role.name] = make_optimizer(self.settings, role.parameters(), lr)
+        self.renewals = self._renewals()
         self.base_lr = {n: o.param_groups[0]["lr"] for n, o in self.optimizers.items()}
 
     def train_step(self) -> dict[str, float]:
@@ -88,21 +91,36 @@ class Trainer:
             UserError: After ``max_bad_steps`` consecutive steps that were not finite.
         """
         started = time.perf_counter()
-        progress = Progress(self.step, self.settings.steps)
         self._seed_globals()
+        batches, counts = self._counted()
+        progress = Progress(self.step, self.settings.steps, counts)
         sums = Sums()
         for micro in range(self.settings.accumulate):
             last = micro + 1 == self.settings.accumulate
-            self._accumulate(next(self.batches), progress, sums, last=last)
+            self._accumulate(next(batches), progress, sums, last=last)
         self.distributed.reshard(self.session.roles.networks())
-        metrics, counts = sums.means(self.distributed)
-        metrics |= self._update(progress, metrics, counts)
+        metrics, totals = sums.means(self.distributed)
+        metrics |= self._update(progress, metrics, totals)
         self.step += 1
         batch_size = self.session.config.data.batch_size
         self.samples += self.distributed.world * self.settings.accumulate * batch_size
         metrics["seconds"] = time.perf_counter() - started
         metrics["peak_memory_gib"] = peak_memory(self.session.device) / 2**30
         return metrics
+
+    def _counted(self) -> tuple[Iterator[Batch], dict[str, float]]:
+        """Return the micro-batches of a step, and what its method counts in them on all ranks."""
+        method = self.session.method
+        if type(method).counts is Method.counts:
+            return self.batches, {}
+        batches = [next(self.batches) for _ in range(self.settings.accumulate)]
+        sums: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            for name, count in method.counts(batch).items():
+                sums[name] += count
+        device = self.distributed.device
+        totals = {name: torch.tensor(count, device=device) for name, count in sums.items()}
+        return iter(batches), self.distributed.total(totals)
 
     def _accumulate(self, batch: Batch, progress: Progress, sums: Sums, *, last: bool) -> None:
         for loss in self.session.method.losses(batch, progress):
@@ -130,6 +148,7 @@ class Trainer:
                 optimizer.step()
                 self.updates[name] += 1
                 self.session.roles.average(name, self.updates[name])
+                self._renew(name)
             optimizer.zero_grad(set_to_none=True)
             metrics[f"lr/{name}"] = lr
         if finite:
@@ -137,6 +156,29 @@ class Trainer:
         else:
             metrics["skipped"] = 1.0
         return metrics
+
+    def _renewals(self) -> dict[str, Container[int]]:
+        """Return when the method wants which roles renewed.
+
+        Raises:
+            UserError: If one has no weights of its own that could be.
+        """
+        wanted = dict(self.session.method.renewals())
+        for name in wanted:
+            weights = self.session.roles[name].settings.weights
+            if weights != "ema":
+                raise UserError(
+                    f"roles.{name}: the method makes it a copy of a trained role from time to "
+                    f"time, so its weights must be ema, not {weights}"
+                )
+        return wanted
+
+    def _renew(self, updated: str) -> None:
+        """Make copies of a role that was just updated, where it is time."""
+        for name, times in self.renewals.items():
+            role = self.session.roles[name]
+            if role.settings.of == updated and self.updates[updated] in times:
+                copy_parameters(self.session.roles[updated], role)
 
     def _set_lr(self, name: str, progress: Progress) -> float:
         factor = learning_rate_factor(

@@ -32,6 +32,8 @@ class Example(NamedTuple):
         origin: Where it came from ("file:line"), for messages.
         video: Target pixels ``[T, 3, H, W]`` in [0, 1], or None where there is no target video.
         num_frames: Pixel frames ``T`` of what to generate, where there is no video.
+        messages: A chat: ``role`` and ``content`` of each message.
+        text: A plain text.
     """
 
     prompt: str
@@ -42,6 +44,8 @@ class Example(NamedTuple):
     origin: str = ""
     video: Tensor | None = None
     num_frames: int | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    text: str | None = None
 
     def without_target(self) -> "Example":
         """Return what a student may see of it: size and frames in place of image or video."""
@@ -91,10 +95,17 @@ class BlockRollout(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far training has come."""
+    """How far training has come.
+
+    Attributes:
+        step: Optimizer steps taken.
+        total: Those of the whole run.
+        counts: What ``Method.counts`` comes to over all micro-batches and ranks of this step.
+    """
 
     step: int
     total: int
+    counts: Mapping[str, float] = {}
 
     @property
     def fraction(self) -> float:

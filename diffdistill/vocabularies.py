@@ -70,14 +70,18 @@ def uld(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor
 
 
 def gold(
-    student: Tensor, teacher: Tensor, matched: tuple[Tensor, Tensor], *, beta: float = 0.5
+    student: Tensor,
+    teacher: Tensor,
+    matched: tuple[Tensor, Tensor],
+    *,
+    beta: float = 0.5,
+    share: float | None = None,
 ) -> Tensor:
     """Return GOLD's hybrid of two distances, as a map ``[K]``.
 
     On tokens with the same spelling a generalized Jensen-Shannon divergence, on all others the
-    sorted L1; the shares are that of the matched in the teacher's vocabulary, and the rest (as
-    TRL's code has it when no weights are given). Matched probabilities are not renormalized,
-    as there, so that the divergence of a part may be negative.
+    sorted L1. Matched probabilities are not renormalized, as in TRL's code, so that the
+    divergence of a part may be negative.
 
     Args:
         student: Probabilities ``[K, V]``; of ``chunk_distribution`` where chunks have more
@@ -85,10 +89,13 @@ def gold(
         teacher: Probabilities ``[K, W]``.
         matched: The ids of the matched tokens (see ``matched_ids``).
         beta: The teacher's share in the mixture; 0 is KL(teacher || student), 1 the reverse.
+        share: Weight of the divergence, and ``1 - share`` that of the rest; None is the share of
+            the matched in the teacher's vocabulary (as TRL's code when no weights are given).
     """
     teacher = teacher.detach()
     ours, theirs = (ids.to(student.device) for ids in matched)
-    share = len(theirs) / teacher.shape[-1]
+    if share is None:
+        share = len(theirs) / teacher.shape[-1]
     rest = sorted_l1(_without(student, ours), _without(teacher, theirs))
     return share * generalized_jsd(student[:, ours], teacher[:, theirs], beta) + (1 - share) * rest
 

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from diffdistill.errors import UserError
 from diffdistill.noising import TokenLogprob
+from diffdistill.pipelines.sharding import last_hidden
 from diffdistill.projection import Projection, token_logprob, without
 
 Attention = Literal["sdpa", "eager", "flex_attention"]
@@ -30,64 +31,6 @@ Order = Literal["noised-clean", "clean-noised"]
 Mask = Tensor | BlockMask
 
 SPARSE_TILE = 128
-
-
-class Layout(NamedTuple):
-    """Prompts and answers in blocks.
-
-    Attributes:
-        tokens: Clean token ids ``[B, L]``, L a multiple of the block.
-        maskable: True for the tokens of answers, their end tokens included, ``[B, L]``.
-        pads: Padding tokens on the left of each row, ``[B]``.
-    """
-
-    tokens: Tensor
-    maskable: Tensor
-    pads: Tensor
-
-
-def lay_out(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    *,
-    block: int,
-    eos_id: int,
-    pad_id: int,
-    length: int | None = None,
-) -> Layout:
-    """Return prompts and answers in blocks, for training.
-
-    Args:
-        prompts: Token ids; may be empty.
-        answers: Token ids, with or without the end token.
-        block: Tokens in a block.
-        eos_id: The end token.
-        pad_id: Fills rows on both sides.
-        length: Length of all rows, a multiple of the block; an answer is cut at it, and then
-            gets no end token. None is the longest row.
-
-    Raises:
-        UserError: If the length is no multiple of the block, or a prompt leaves no room.
-    """
-    if length is not None and length % block:
-        raise UserError(f"length {length} is not a multiple of the block of {block} tokens")
-    rows, pads, starts = [], [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        left = -len(prompt) % block
-        ended = [*answer] if answer and answer[-1] == eos_id else [*answer, eos_id]
-        ended += [eos_id] * (-len(ended) % block)
-        start = left + len(prompt)
-        if length is not None and start >= length:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in {length}")
-        rows.append([*[pad_id] * left, *prompt, *ended][:length])
-        pads.append(left)
-        starts.append(start)
-    total = length or max(len(row) for row in rows)
-    tokens = torch.tensor([row + [pad_id] * (total - len(row)) for row in rows])
-    places = torch.arange(total)
-    ends = torch.tensor([len(row) for row in rows])[:, None]
-    maskable = (places >= torch.tensor(starts)[:, None]) & (places < ends)
-    return Layout(tokens, maskable, torch.tensor(pads))
 
 
 def lay_out_prompts(
@@ -301,11 +244,12 @@ def project(
     kwargs = {} if cache is None else {cache_argument(body): cache, "use_cache": True}
     if cache is None:
         kwargs["use_cache"] = False
-    output = body(input_ids=tokens, attention_mask=mask, position_ids=positions, **kwargs)
+    kwargs |= {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    hidden = last_hidden(network, kwargs)
     head: Any = network.get_output_embeddings()  # type: ignore[operator]
     config: Any = network.config
     return Projection(
-        output.last_hidden_state,
+        hidden,
         head.weight,
         getattr(head, "bias", None),
         logit_scale(config),

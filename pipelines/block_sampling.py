@@ -8,7 +8,7 @@ whole prefix again for every block.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +64,45 @@ class Past:
         if self.length:
             self.cache.batch_select_indices(rows)
 
-    def _call(self, tokens: Tensor) -> Projection:
+    def _call(self, tokens: Tensor, order: Tensor | None = None) -> Projection:
+        """Return what the network makes of ``tokens``, at the places ``order`` of the block."""
         stop = self.length + tokens.shape[1]
         dtype: Any = self.network.dtype
         mask = causal_mask(
             self.pads, self.length, stop, self.block, attention=self.attention, dtype=dtype
         )
         positions = positions_of(self.pads, self.length, stop)
+        if order is not None:
+            positions = positions.gather(1, order)
         return project(self.network, tokens, mask, positions, self.cache)
+
+
+@dataclass
+class EncodedAgain(Past):
+    """The clean tokens so far as they are, encoded again in every call.
+
+    Attributes:
+        tokens: The tokens so far, ``[R, n]``.
+    """
+
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+
+    def append(self, tokens: Tensor) -> None:
+        """Keep clean blocks ``[R, n]``."""
+        self.tokens = torch.cat([self.tokens, tokens], 1) if self.length else tokens
+        self.length += tokens.shape[1]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return logits ``[R, W, V]`` of the next block, and keep nothing of it."""
+        known = torch.cat([self.tokens, tokens], 1) if self.length else tokens
+        stop, dtype = known.shape[1], cast(torch.dtype, self.network.dtype)
+        mask = causal_mask(self.pads, 0, stop, self.block, attention=self.attention, dtype=dtype)
+        found = project(self.network, known, mask, positions_of(self.pads, 0, stop))
+        return dense(found._replace(hidden=found.hidden[:, self.length :]))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.pads, self.tokens = self.pads[rows], self.tokens[rows]
 
 
 @dataclass(kw_only=True)
@@ -120,9 +151,12 @@ class BlockSampler(AnswerSampler):
         tokens, pads = lay_out_prompts(
             known, block=self.block, pad_id=self.pad_id, device=asked.ids.device
         )
-        past = Past(self.network, self.block, pads, attention)
+        past = self._empty_past(pads, attention)
         past.append(tokens)
         return past
+
+    def _empty_past(self, pads: Tensor, attention: Attention) -> Past:
+        return Past(self.network, self.block, pads, attention)
 
     def _predict(self, past: Past) -> Callable[[Tensor], Tensor]:
         if not self._guides():
@@ -133,3 +167,11 @@ class BlockSampler(AnswerSampler):
             return guided(positive, negative, self.guidance, "standard")
 
         return predict
+
+
+@dataclass(kw_only=True)
+class UncachedSampler(BlockSampler):
+    """Samples the same from a network that takes no cache, with more work."""
+
+    def _empty_past(self, pads: Tensor, attention: Attention) -> Past:
+        return EncodedAgain(self.network, self.block, pads, attention)

@@ -7,13 +7,9 @@ message is looked up in either text, and the tokens of the two are paired inside
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-
 from diffdistill.alignment import Span, Spelling, align, inside
 from diffdistill.errors import UserError
 from diffdistill.pipelines.byte_spans import Speller
-from diffdistill.texts import Text
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A chat: each message has a ``role`` and a ``content``, both strings."""
@@ -185,7 +181,34 @@ def cut_pair(pair: tuple[Row, Row], lengths: tuple[int, int]) -> tuple[Row, Row]
     return ours, theirs
 
 
-def pack(rows: Iterable[Row], length: int, *, pad: int, end: int | None = None) -> Iterator[Row]:
+def split_pair(pair: tuple[Row, Row], lengths: tuple[int, int]) -> Iterator[tuple[Row, Row]]:
+    """Yield parts of a text that is too long for ``lengths``, cut where both sides have a chunk.
+
+    Parts are as long as both sides allow. Where no chunk ends in time, the rest is left as it is
+    (see ``cut_pair``).
+    """
+    ours, theirs = pair
+    lasts = [{c: i + 1 for i, c in enumerate(row.chunks) if c >= 0} for row in pair]
+    ends = [(lasts[0][chunk], lasts[1][chunk]) for chunk in lasts[0]]
+    start = (0, 0)
+    while any(len(row.tokens) - at > n for row, at, n in zip(pair, start, lengths, strict=True)):
+        fitting = [
+            stop
+            for stop in ends
+            if all(0 < b - a <= n for a, b, n in zip(start, stop, lengths, strict=True))
+        ]
+        if not fitting:
+            break
+        stop = max(fitting)
+        yield _numbered(ours.part(start[0], stop[0])), _numbered(theirs.part(start[1], stop[1]))
+        start = stop
+    yield (
+        _numbered(ours.part(start[0], len(ours.tokens))),
+        _numbered(theirs.part(start[1], len(theirs.tokens))),
+    )
+
+
+def pack(rows: Iterable[Row], length: int, *, pad: int) -> Iterator[Row]:
     """Yield rows of exactly ``length`` tokens, filled with one document after the other.
 
     A document that does not fit goes on in the next row; the last row is padded. Chunks are
@@ -195,14 +218,11 @@ def pack(rows: Iterable[Row], length: int, *, pad: int, end: int | None = None) 
         rows: The documents.
         length: Tokens in a row.
         pad: The token that fills the last row.
-        end: A token to put after each document, and to learn; None puts none.
     """
     pending = Row([], [], [], [])
     for number, row in enumerate(rows):
-        tail = [] if end is None else [end]
-        tokens, maskable = row.tokens + tail, row.maskable + [True] * len(tail)
-        size = len(tokens)
-        pending = _joined(pending, Row(tokens, maskable, [-1] * size, [number] * size))
+        size = len(row.tokens)
+        pending = joined(pending, row._replace(chunks=[-1] * size, documents=[number] * size))
         while len(pending.tokens) >= length:
             yield _renumbered(pending.part(0, length))
             pending = pending.part(length, len(pending.tokens))
@@ -237,29 +257,11 @@ def pack_pairs(
                 chunks=[c if c < 0 else c + chunk for c in row.chunks],
                 documents=[document] * len(row.tokens),
             )
-            pending[side] = _joined(pending[side], moved)
+            pending[side] = joined(pending[side], moved)
         chunk += max((c for row in pair for c in row.chunks), default=-1) + 1
         document += 1
     if document:
         yield _padded(pending[0], lengths[0], pads[0]), _padded(pending[1], lengths[1], pads[1])
-
-
-def stack(rows: Sequence[Row], *, pad: int, length: int | None = None) -> tuple[Text, Tensor]:
-    """Return rows as tensors ``[B, L]``, and the document of each token, -1 for padding.
-
-    Args:
-        rows: The rows, none longer than L (see ``cut_pair``).
-        pad: The token that fills them.
-        length: L; None is the longest row.
-    """
-    size = length or max(len(row.tokens) for row in rows)
-    padded = [_padded(row, size, pad) for row in rows]
-    text = Text(
-        torch.tensor([row.tokens for row in padded]),
-        torch.tensor([row.maskable for row in padded]),
-        torch.tensor([row.chunks for row in padded]),
-    )
-    return text, torch.tensor([row.documents for row in padded])
 
 
 def _content(message: Mapping[str, Any], number: int) -> str:
@@ -339,7 +341,8 @@ def _plain(spelling: Spelling, chunks: list[int]) -> Row:
     return Row(list(spelling.tokens), maskable, chunks, [0] * len(maskable))
 
 
-def _joined(first: Row, second: Row) -> Row:
+def joined(first: Row, second: Row) -> Row:
+    """Return the tokens of one row and then of the other."""
     return Row(
         first.tokens + second.tokens,
         first.maskable + second.maskable,
@@ -352,7 +355,13 @@ def _padded(row: Row, length: int, pad: int) -> Row:
     more = length - len(row.tokens)
     assert more >= 0
     filler = Row([pad] * more, [False] * more, [-1] * more, [-1] * more)
-    return _joined(row, filler)
+    return joined(row, filler)
+
+
+def _numbered(row: Row) -> Row:
+    """Return a row whose chunks are counted from 0."""
+    first = min((chunk for chunk in row.chunks if chunk >= 0), default=0)
+    return row._replace(chunks=[chunk if chunk < 0 else chunk - first for chunk in row.chunks])
 
 
 def _renumbered(row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""Autoregressive checkpoints made into block-diffusion ones.
+"""Autoregressive checkpoints made into diffusion ones, for the families ``bd3lm`` and ``mdlm``.
 
 The weights stay as they are. What changes: ``is_causal`` in the config, a mask token in the
 tokenizer, and its embedding. The result predicts nothing of use until it is trained.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from diffdistill.errors import UserError
@@ -55,11 +55,40 @@ def to_block_diffusion(
     Raises:
         UserError: If the target is in use, or the source cannot be converted.
     """
+    return _convert(source, target, mask_token, dtype, revision, blocks=True)
+
+
+def to_masked_diffusion(
+    source: str,
+    target: Path,
+    *,
+    mask_token: str = MASK_TOKEN,
+    dtype: loading.DtypeName | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write an autoregressive LM as one of masked diffusion of whole rows; return its folder.
+
+    As ``to_block_diffusion``, of a network that need take no cache.
+    """
+    return _convert(source, target, mask_token, dtype, revision, blocks=False)
+
+
+def _convert(
+    source: str,
+    target: Path,
+    mask_token: str,
+    dtype: loading.DtypeName | None,
+    revision: str | None,
+    *,
+    blocks: bool,
+) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is in use: give a folder that is not there yet")
     folder = loading.locate(source, "", revision)
     check_convertible(loading.read_config(folder), source)
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=False)
+    if tokenizer.eos_token is None:
+        raise UserError(f"{source}: the tokenizer has no end token (eos_token), and answers end")
     kind: Any = "auto" if dtype is None else loading.resolve_dtype(dtype, torch.device("cpu"))
     with loading.explained(f"load the language model in {folder}"):
         network: Any = AutoModelForCausalLM.from_pretrained(
@@ -67,7 +96,7 @@ def to_block_diffusion(
         )
     network.eval()
     network.config.is_causal = False
-    check_network(network, source)
+    check_network(network, source, blocks=blocks)
     network.config.mask_token_id = add_mask_token(network, tokenizer, mask_token)
     _write(network, tokenizer, target)
     return target
@@ -99,15 +128,15 @@ def check_convertible(config: dict[str, Any], source: str) -> None:
 
 
 @torch.no_grad()
-def check_network(network: nn.Module, source: str) -> None:
-    """Refuse a network that does not do what masks, positions and cache ask for.
+def check_network(network: nn.Module, source: str, *, blocks: bool = True) -> None:
+    """Refuse a network that does not do what masks and positions ask for, and with blocks a cache.
 
     Raises:
         UserError: If it does not.
     """
     refused = UserError(
-        f"{source}: {type(network).__name__} does not follow 4-D attention masks, positions and "
-        "a cache, which block diffusion needs"
+        f"{source}: {type(network).__name__} does not follow 4-D attention masks, positions"
+        f"{' and a cache' if blocks else ''}, which diffusion needs"
     )
     none = torch.zeros(1, dtype=torch.long)
     tokens = torch.arange(8)[None] + 1
@@ -124,10 +153,7 @@ def check_network(network: nn.Module, source: str) -> None:
                           positions_of(none, 0, 8)))
             for x in (tokens, changed)
         )  # fmt: skip
-        trained = dense(denoise(network, changed, tokens, block=4))[:, 4:]
-        past = Past(network, 4, none, attention)
-        past.append(tokens[:, :4])
-        sampled = past.logits(changed[:, 4:])
+        apart = _cached_apart(network, tokens, changed) if blocks else 0.0
     except UserError:
         raise
     except Exception as error:
@@ -135,9 +161,17 @@ def check_network(network: nn.Module, source: str) -> None:
     scale = ahead.std() * 0.02
     causal = (ahead - back)[:, :-1].abs().max() <= scale
     both_ways = (wide - narrow)[:, 0].abs().max() > 0.0
-    cached = (trained - sampled).abs().max() <= 5.0 * scale
-    if not (causal and both_ways and cached):
+    if not (causal and both_ways and apart <= 5.0 * scale):
         raise refused
+
+
+def _cached_apart(network: nn.Module, tokens: Tensor, changed: Tensor) -> float:
+    """Return how far the predictions of a block on a cache are from those of the training call."""
+    none = torch.zeros(1, dtype=torch.long)
+    trained = dense(denoise(network, changed, tokens, block=4))[:, 4:]
+    past = Past(network, 4, none, attention_of(network))
+    past.append(tokens[:, :4])
+    return float((trained - past.logits(changed[:, 4:])).abs().max())
 
 
 @torch.no_grad()

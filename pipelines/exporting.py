@@ -111,8 +111,7 @@ def export_pipeline(
     Raises:
         UserError: If the base is quantized, or ``folder`` is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: export into a new folder")
+    check_empty(folder)
     state = merged_state(network, adapter, dtype or family.weights_dtype)
     index = loading.read_config(loading.locate(family.path, "", family.revision), INDEX)
     for name, entry in index.items():
@@ -149,6 +148,16 @@ def export_single_file(
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, file, metadata={"format": "pt"})
     return file
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a folder with something in it.
+
+    Raises:
+        UserError: If there is.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: export into a new folder")
 
 
 def merged_state(network: nn.Module, adapter: str | None, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What every latent flow-matching family shares: time, noise and the sampling walk."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -8,29 +8,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffdistill.pipelines.model_family import ModelFamily
 from diffdistill.protocols import Model
 from diffdistill.readouts import clean_of, per_sample
 from diffdistill.types import Batch, Condition, Example, State
 
 
-class FlowFamily(ABC):
+class FlowFamily(ModelFamily):
     """A family on the straight path ``x_t = (1 - t) data + t noise``.
 
-    Subclasses are dataclasses: fields without a default are given by the program (``path``,
-    ``device``), fields with a default are the options a config may set.
-
     Attributes:
-        adapter_targets: Suffixes of the modules that LoRA adapts.
         views: Names of the privileged views the family has, for exposure 1.
     """
 
-    device: torch.device
-    adapter_targets: ClassVar[tuple[str, ...]]
     views: ClassVar[tuple[str, ...]]
-
-    @abstractmethod
-    def network(self, path: str | None = None) -> nn.Module:
-        """Return a freshly loaded transformer, of this family's checkpoint or of ``path``."""
 
     @abstractmethod
     def predict(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
@@ -70,7 +61,7 @@ class FlowFamily(ABC):
     def decode(self, sample: Tensor) -> Tensor:
         """Return pixels ``[B, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1] for latents."""
 
-    def release(self) -> None:  # noqa: B027 - a family without encoders has nothing to release
+    def release(self) -> None:
         """Take encoders and decoder off the device until they are needed again."""
 
     @abstractmethod

@@ -46,13 +46,14 @@ def explained(task: str) -> Iterator[None]:
         raise UserError(f"cannot {task}: {type(error).__name__}: {detail}") from error
 
 
-def locate(path: str, part: str, revision: str | None = None) -> Path:
+def locate(path: str, part: str, revision: str | None = None, *, code: bool = False) -> Path:
     """Return the local folder of one part of a checkpoint, downloaded if ``path`` is a hub id.
 
     Args:
         path: A folder in the diffusers layout, or a hub id.
         part: The name of the part's folder; "" is the checkpoint itself.
         revision: Branch, tag or commit on the hub.
+        code: Whether to download the checkpoint's own code too.
 
     Raises:
         UserError: If it is not there.
@@ -61,7 +62,7 @@ def locate(path: str, part: str, revision: str | None = None) -> Path:
     if not root.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is None:
             raise UserError(f"{path!r} is neither a folder nor a hub id such as 'owner/name'")
-        root = _download(path, part, revision)
+        root = _download(path, part, revision, (*FILES, "*.py") if code else FILES)
     folder = root / part
     if not folder.is_dir():
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
@@ -69,8 +70,8 @@ def locate(path: str, part: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _download(path: str, part: str, revision: str | None) -> Path:
-    patterns = [f"{part}/{p}" if part else p for p in FILES]
+def _download(path: str, part: str, revision: str | None, files: Sequence[str]) -> Path:
+    patterns = [f"{part}/{p}" if part else p for p in files]
     with explained(f"find {path!r} (no such folder here, so it was taken for a hub id)"):
         found = snapshot_download(
             path, revision=revision, allow_patterns=[*patterns, "model_index.json"]
@@ -186,7 +187,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         UserError: If it is missing or broken.
     """
     with explained(f"load the tokenizer in {folder}"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # made up where there are no files
+            raise ValueError("it has no vocabulary")
+        return tokenizer
 
 
 def _check_complete(missing: Sequence[str], where: Path | str) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from diffdistill.pipelines.answers import AnswerSampler, Asked, BlockEvent, given_tokens
 from diffdistill.pipelines.block_diffusion import (
+    as_mask,
     attention_of,
     dense_attention,
-    full_mask,
     lay_out_prompts,
-    positions_of,
     project,
 )
 from diffdistill.projection import Projection, dense
@@ -26,30 +25,34 @@ from diffdistill.readouts import guided
 
 
 def denoise_all(
-    network: nn.Module, noised: Tensor, *, pads: Tensor | None = None, shift: bool = False
+    network: nn.Module, noised: Tensor, *, padding: Tensor | None = None, shift: bool = False
 ) -> Projection:
     """Return the prediction of the clean tokens at each place, ``[B, L, V]``.
 
     Args:
         network: A causal LM of transformers, or one that takes a 4-D mask as they do.
         noised: Token ids ``[B, L]``, some of them masks.
-        pads: Padding tokens on the left of each row, ``[B]``.
+        padding: bool ``[B, L]``: tokens on either side that nobody sees and positions do not
+            count; None is none.
         shift: Whether the network predicts token i at place i - 1 (Dream). The first token is
             then predicted by its own place.
     """
-    if pads is None:
-        pads = torch.zeros(len(noised), dtype=torch.long, device=noised.device)
-    length = noised.shape[1]
+    if padding is None:
+        padding = torch.zeros_like(noised, dtype=torch.bool)
     attention = attention_of(network)
     dtype: Any = network.dtype
-    mask = full_mask(pads, length, attention=attention, dtype=dtype)
-    found = project(network, noised, mask, positions_of(pads, 0, length))
-    return found._replace(hidden=shifted_right(found.hidden)) if shift else found
+    own = torch.eye(noised.shape[1], dtype=torch.bool, device=noised.device)
+    mask = as_mask((~padding[:, None] | own)[:, None], attention, dtype)
+    positions = ((~padding).cumsum(dim=1) - 1).clamp(min=0)
+    found = project(network, noised, mask, positions)
+    return found._replace(hidden=shifted_right(found.hidden, padding)) if shift else found
 
 
-def shifted_right(values: Tensor) -> Tensor:
-    """Return values ``[B, L, ...]`` one place later; the first stays as well."""
-    return torch.cat([values[:, :1], values[:, :-1]], dim=1)
+def shifted_right(values: Tensor, padding: Tensor) -> Tensor:
+    """Return values ``[B, L, H]`` one place later; at the first that is no padding, its own."""
+    later = torch.cat([values[:, :1], values[:, :-1]], dim=1)
+    first = ~padding & ((~padding).cumsum(dim=1) == 1)
+    return torch.where(first[..., None], values, later)
 
 
 @dataclass(kw_only=True)
@@ -107,9 +110,9 @@ class MaskedSampler(AnswerSampler):
         def predict(tokens: Tensor) -> Tensor:
             answers[:, window] = tokens
             both = torch.cat([prompts, answers.expand(len(prompts), -1, -1)], dim=2)
-            found = denoise_all(
-                self.network, both.flatten(0, 1), pads=pads.flatten(), shift=self.shift
-            )
+            tokens = both.flatten(0, 1)
+            padding = torch.arange(tokens.shape[1], device=pads.device) < pads.flatten()[:, None]
+            found = denoise_all(self.network, tokens, padding=padding, shift=self.shift)
             logits = dense(found._replace(hidden=found.hidden[:, places]))
             if len(prompts) == 1:
                 return logits

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from diffdistill.choices import invert
 from diffdistill.draws import Draws
 from diffdistill.noising import uniform
 
@@ -209,19 +210,6 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     ordered, order = probs.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     return torch.zeros_like(probs).scatter(-1, order, ordered * (before < top_p))
-
-
-def invert(probs: Tensor, numbers: Tensor) -> Tensor:
-    """Return the index ``[...]`` at which ``probs`` ``[..., V]`` add up to more than ``numbers``.
-
-    ``probs`` need not be normalized; an index of probability 0 is never returned.
-    """
-    sums = probs.cumsum(-1)
-    goal = numbers[..., None] * sums[..., -1:]
-    found = torch.searchsorted(sums, goal, right=True)[..., 0]
-    places = torch.arange(probs.shape[-1], device=probs.device)
-    last = torch.where(probs > 0.0, places, 0).amax(-1)
-    return found.minimum(last)
 
 
 def uniform_double(draws: Draws, purpose: str, ids: Tensor, width: int) -> Tensor:

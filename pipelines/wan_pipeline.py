@@ -2,7 +2,7 @@
 
 ```python
 pipe = StreamingPipeline.from_pretrained("my-student")
-for frames in pipe.stream("a cat on a beach", size=(480, 832)):
+for frames in pipe.stream("a cat on a beach"):
     show(frames)
 ```
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
+from diffdistill.pipelines.switching import block_of, switched
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.types import Condition, Example, State
 
@@ -35,10 +36,17 @@ STREAMED = (
 Sampler = Literal["renoise", "euler"]
 
 
-def write_settings(folder: Path, family: WanStreaming, *, num_steps: int, sampler: Sampler) -> None:
+def write_settings(
+    folder: Path,
+    family: WanStreaming,
+    *,
+    num_steps: int,
+    sampler: Sampler,
+    size: tuple[int, int] | None,
+) -> None:
     """Write how a student of ``family`` streams into the folder of its weights."""
     values = {name: getattr(family, name) for name in STREAMED}
-    values |= {"num_steps": num_steps, "sampler": sampler}
+    values |= {"num_steps": num_steps, "sampler": sampler, "size": size}
     (folder / SETTINGS).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -50,15 +58,23 @@ class StreamingPipeline:
         network: The student.
         num_steps: Model calls for each block.
         sampler: ``renoise`` or ``euler``, as it was trained.
+        size: ``(H, W)`` in pixels that it was trained at; None where its videos had several.
     """
 
     def __init__(
-        self, family: WanStreaming, network: nn.Module, *, num_steps: int, sampler: Sampler
+        self,
+        family: WanStreaming,
+        network: nn.Module,
+        *,
+        num_steps: int,
+        sampler: Sampler,
+        size: tuple[int, int] | None = None,
     ) -> None:
         self.family = family
         self.network = network.requires_grad_(False).eval()
         self.num_steps = num_steps
         self.sampler = sampler
+        self.size = size
 
     @classmethod
     def from_pretrained(
@@ -81,7 +97,7 @@ class StreamingPipeline:
             UserError: If a folder is missing, or does not say how its student streams.
         """
         settings = _read_settings(Path(lora or path))
-        steps, sampler = settings.pop("num_steps"), settings.pop("sampler")
+        steps, sampler, size = (settings.pop(name) for name in ("num_steps", "sampler", "size"))
         family = WanStreaming(
             path=str(path), device=torch.device(device), **{**settings, **options}
         )
@@ -94,12 +110,12 @@ class StreamingPipeline:
                     weight_name="pytorch_lora_weights.safetensors",
                     use_safetensors=True,
                 )
-        return cls(family, network, num_steps=steps, sampler=sampler)
+        size = None if size is None else tuple(size)
+        return cls(family, network, num_steps=steps, sampler=sampler, size=size)
 
     def __call__(self, prompt: str, *, num_frames: int, **options: Any) -> Tensor:
         """Return ``num_frames`` frames ``[T, 3, H, W]`` in [0, 1] (see ``stream``)."""
-        latent = -(-(num_frames - 1) // self.family.time_stride) + 1
-        blocks = -(-latent // self.family.block_frames)
+        blocks = block_of(self.family, num_frames - 1) + 1
         parts = list(islice(self.stream(prompt, **options), blocks))
         return torch.cat(parts)[:num_frames]
 
@@ -107,7 +123,7 @@ class StreamingPipeline:
         self,
         prompt: str,
         *,
-        size: tuple[int, int],
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         switches: Mapping[int, str] | None = None,
     ) -> Iterator[Tensor]:
@@ -115,17 +131,23 @@ class StreamingPipeline:
 
         Args:
             prompt: What to show.
-            size: ``(H, W)`` in pixels.
+            size: ``(H, W)`` in pixels; None is the size that it was trained at.
             seed: Seed of the noise.
             switches: Another prompt from the block on that holds a pixel frame.
+
+        Raises:
+            UserError: If nobody says the size, or a block would be told two prompts.
         """
-        told = {0: prompt, **{self.block_of(f): text for f, text in (switches or {}).items()}}
-        conditions = {block: self._condition(text, size) for block, text in told.items()}
+        size = size or self.size
+        if size is None:
+            raise UserError("this student was trained at several sizes: give size=(H, W)")
+        told, starts = switched(self.family, list((switches or {}).items()), prompt)
+        conditions = [self._condition(text, size) for text in told]
         shape = self._block_shape(size)
         ids, draws = torch.zeros(1, dtype=torch.long, device=self.family.device), Draws(seed)
 
         def condition(block: int) -> Condition:
-            return conditions[max(start for start in conditions if start <= block)]
+            return conditions[max((i for start, i in starts.items() if start <= block), default=0)]
 
         def noise(block: int) -> Tensor:
             return draws.normal(f"stream/{block}", ids, shape)
@@ -142,11 +164,6 @@ class StreamingPipeline:
         )
         for frames in self.family.watch(latents):
             yield frames[0]
-
-    def block_of(self, frame: int) -> int:
-        """Return the block that holds a pixel frame."""
-        latent = -(-frame // self.family.time_stride)
-        return latent // self.family.block_frames
 
     def _predict(self, state: State, condition: Condition) -> Tensor:
         return self.family.predict(self.network, state, condition).float()
@@ -169,7 +186,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             "`diffdistill export` wrote for the family wan-streaming"
         )
     values = loading.read_config(folder, SETTINGS)
-    known = {item.name for item in fields(WanStreaming)} | {"num_steps", "sampler"}
+    known = {item.name for item in fields(WanStreaming)} | {"num_steps", "sampler", "size"}
     if unknown := sorted(set(values) - known):
         raise UserError(f"{folder / SETTINGS}: unknown key {unknown[0]!r}")
-    return values
+    return {"size": None, **values}

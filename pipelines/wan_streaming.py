@@ -206,7 +206,9 @@ class WanStreaming(Wan):
         Args:
             student: The model that acts.
             conditions: What it is told in a block. Where that changes, the visible past is
-                cached anew under the new condition (as LongLive does at a prompt switch).
+                cached anew under the new condition (as LongLive does at a prompt switch). An
+                averaged sink begins anew there, from the first block alone: the blocks that
+                had left the window are no more.
             noise: The initial noise of a block.
             num_steps: Model calls for each block, besides the one that caches it.
             renoise: Fresh noise between two steps of a block; None takes Euler steps.

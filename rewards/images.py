@@ -58,10 +58,10 @@ class ImageReward(Reward):
         return {self.axes[0]: full.unflatten(0, (-1, count)).mean(dim=1)}
 
     def places(self, gradient: Tensor, videos: Tensor) -> Tensor:
-        """Return the saliency ``[B, T, H, W]``: a frame not chosen has that of its neighbor."""
-        sizes, total = gradient.norm(dim=2), videos.shape[1]
-        count = sizes.shape[1]
-        return sizes[:, [frame * count // total for frame in range(total)]]
+        """Return the saliency ``[B, T, H, W]``: a frame not chosen has that of the nearest."""
+        chosen = torch.tensor(self._chosen(videos.shape[1]))
+        distance = (torch.arange(videos.shape[1])[:, None] - chosen).abs()
+        return gradient.norm(dim=2)[:, distance.argmin(dim=1)]
 
     def _chosen(self, total: int) -> list[int]:
         """Return the middle frames of equal parts of a video."""

@@ -19,12 +19,10 @@ def shard_on_cpu(by_block: bool) -> None:
         original(self)
         state = self.accelerator.state
         state.distributed_type = DistributedType.FSDP
-        blocks = {"transformer_cls_names_to_wrap": ["WanTransformerBlock"]} if by_block else {}
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             cpu_ram_efficient_loading=False,
             auto_wrap_policy="transformer_based_wrap" if by_block else "no_wrap",
-            **blocks,
         )
         self.sharded = True
 

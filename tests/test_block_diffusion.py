@@ -22,7 +22,6 @@ from diffdistill.pipelines.block_diffusion import (
     denoise,
     dense_attention,
     full_mask,
-    lay_out,
     lay_out_prompts,
     positions_of,
     project,
@@ -30,7 +29,7 @@ from diffdistill.pipelines.block_diffusion import (
 )
 from diffdistill.projection import dense
 from tests.tiny import tokenizer
-from tests.tiny_text import EOS, MASK, NAMES, PAD, causal_lm
+from tests.tiny_text import MASK, NAMES, PAD, causal_lm
 
 ORDERS: tuple[Order, ...] = ("noised-clean", "clean-noised")
 
@@ -128,39 +127,6 @@ def test_the_full_mask_hides_padding_only() -> None:
     assert mask[1, 2:, 2:].all()
     assert not mask[1, 2:, :2].any()
     assert torch.equal(mask[1, :2, :2], torch.eye(2, dtype=torch.bool))
-
-
-def test_answers_begin_at_a_block_and_end_with_learned_end_tokens() -> None:
-    laid = lay_out(
-        [[1, 2, 3, 4, 5], [6, 7], []], [[11, 12], [13, 14, 15, EOS], [16, 17, 18, 19]],
-        block=4, eos_id=EOS, pad_id=PAD,
-    )  # fmt: skip
-    assert laid.tokens.tolist() == [
-        [PAD, PAD, PAD, 1, 2, 3, 4, 5, 11, 12, EOS, EOS],
-        [PAD, PAD, 6, 7, 13, 14, 15, EOS, PAD, PAD, PAD, PAD],
-        [16, 17, 18, 19, EOS, EOS, EOS, EOS, PAD, PAD, PAD, PAD],
-    ]
-    assert laid.pads.tolist() == [3, 2, 0]
-    assert [row.nonzero()[:, 0].tolist() for row in laid.maskable] == [
-        [8, 9, 10, 11], [4, 5, 6, 7], list(range(8)),
-    ]  # fmt: skip
-
-
-def test_an_answer_that_is_cut_gets_no_end_token() -> None:
-    laid = lay_out([[1]], [[11] * 20], block=4, eos_id=EOS, pad_id=PAD, length=8)
-    assert laid.tokens.tolist() == [[PAD, PAD, PAD, 1, 11, 11, 11, 11]]
-    short = lay_out([[1]], [[11]], block=4, eos_id=EOS, pad_id=PAD, length=16)
-    assert short.tokens[0, 8:].tolist() == [PAD] * 8
-    assert short.maskable.sum() == 4
-
-
-@pytest.mark.parametrize(
-    ("length", "message"),
-    [(10, "length 10 is not a multiple of the block of 4"), (8, "6 tokens leaves no room in 8")],
-)
-def test_a_length_that_does_not_fit_is_refused(length: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        lay_out([[1] * 6], [[2]], block=4, eos_id=EOS, pad_id=PAD, length=length)
 
 
 def test_prompts_of_a_batch_end_at_the_same_block_boundary() -> None:

@@ -13,7 +13,7 @@ from diffdistill.pipelines.block_diffusion import (
     lay_out_prompts,
     positions_of,
 )
-from diffdistill.pipelines.block_sampling import BlockSampler, Past
+from diffdistill.pipelines.block_sampling import BlockSampler, Past, UncachedSampler
 from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.projection import dense
 from tests.tiny_text import EOS, MASK, NAMES, PAD, causal_lm
@@ -223,3 +223,25 @@ def test_sampling_records_no_graph() -> None:
     assert event.step is not None
     assert not event.step.confidence.requires_grad
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_without_a_cache_the_same_is_sampled(
+    guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = causal_lm()
+    options: dict[str, Any] = {"eos_ids": [3, 5, 9], "unmasking": sampling(), "guidance": guidance}
+    expected = sampler(network, **options).sample(PROMPTS, Draws(1), IDS)
+    options |= {"block": BLOCK, "mask_id": MASK, "pad_id": PAD, "max_tokens": 12}
+    own = UncachedSampler(network=network, **options)
+    given: list[Any] = []
+    stock = network.model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        given.append((kwargs["use_cache"], len(kwargs)))
+        return stock(**kwargs)
+
+    monkeypatch.setattr(network.model, "forward", forward)
+    found = own.sample(PROMPTS, Draws(1), IDS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert set(given) == {(False, 4)}  # tokens, mask, positions, and no cache

@@ -107,6 +107,7 @@ def test_a_write_that_was_cut_short_leaves_no_file(
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
+    monkeypatch.setattr("diffdistill.data.cache.SYNCED_BYTES", 0)
     with pytest.raises(OSError, match="disk full"):
         prepared(dataset, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.safetensors"))

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from diffdistill.alignment import Spelling
@@ -19,7 +20,6 @@ from diffdistill.pipelines.chats import (
     pack,
     pack_pairs,
     read_chat,
-    stack,
     template_text,
     text_row,
     text_rows,
@@ -241,12 +241,12 @@ def document(first: int, size: int, chunks: list[int] | None = None) -> Row:
 
 
 def test_packed_rows_are_the_documents_one_after_the_other() -> None:
-    rows = list(pack([document(0, 5), document(10, 4), document(20, 2)], 4, pad=99, end=7))
+    rows = list(pack([document(0, 6), document(10, 5), document(20, 3)], 4, pad=99))
     assert [row.tokens for row in rows] == [
         [0, 1, 2, 3],
-        [4, 7, 10, 11],
-        [12, 13, 7, 20],
-        [21, 7, 99, 99],
+        [4, 5, 10, 11],
+        [12, 13, 14, 20],
+        [21, 22, 99, 99],
     ]
     assert [row.documents for row in rows] == [
         [0, 0, 0, 0],
@@ -298,25 +298,15 @@ def test_a_pair_that_is_cut_loses_the_chunks_that_lost_a_token_on_either_side() 
     assert packed.chunks == [0, -1]
 
 
-def test_stacked_rows_are_padded_tensors() -> None:
-    text, documents = stack([document(0, 3, [0, 1, 1]), document(10, 2)], pad=9)
-    assert text.tokens.tolist() == [[0, 1, 2], [10, 11, 9]]
-    assert text.maskable.tolist() == [[True, False, True], [True, False, False]]
-    assert text.chunks.tolist() == [[0, 1, 1], [-1, -1, -1]]
-    assert documents.tolist() == [[0, 0, 0], [0, 0, -1]]
-    assert text.chunks.dtype == torch.int64
-    wider, _ = stack([document(0, 3)], pad=9, length=5)
-    assert wider.tokens.shape == (1, 5)
-
-
 def test_chats_of_two_tokenizers_are_what_tide_learns_from(
     student: Speller, teacher: Speller
 ) -> None:
     pairs = [chat_rows(student, teacher, chat) for chat in (CHAT, CHAT[:2], CHAT[4:])]
     batch: dict[str, Any] = {"ids": torch.arange(3), "bias": torch.zeros(3, 1)}
     for side, name in enumerate(("student", "teacher")):
-        text, _ = stack([pair[side] for pair in pairs], pad=1)
-        batch |= {f"{name}/{field}": value for field, value in text._asdict().items()}
+        for field, filler in (("tokens", 1), ("maskable", 0), ("chunks", -1)):
+            rows = [torch.tensor(getattr(pair[side], field)) for pair in pairs]
+            batch[f"{name}/{field}"] = pad_sequence(rows, True, filler)
     size = len(student.tokenizer)
     network, judge = Network(size, 1, 0.1), Network(len(teacher.tokenizer), 2, 0.1)
     method = Tide(family=Texts(), draws=Draws(0), student=network, teacher=judge, exposure=0.5)

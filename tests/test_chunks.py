@@ -6,11 +6,10 @@ from diffdistill.chunks import (
     num_chunks,
     select_whole,
     sizes,
-    token_logprobs,
     tokens_of,
     touched,
 )
-from tests.conftest import generator, randn
+from tests.conftest import randn
 
 CHUNKS = torch.tensor([[-1, 0, 1, 1, 3, -1], [2, 2, 2, -1, -1, 0]])
 COUNT = 4
@@ -68,30 +67,3 @@ def test_a_whole_chunk_has_tokens_and_all_are_allowed() -> None:
 def test_sizes_and_first_tokens_are_those_of_each_chunk() -> None:
     assert sizes(CHUNKS, COUNT).tolist() == [[1, 2, 0, 1], [1, 0, 3, 0]]
     assert first_tokens(CHUNKS, COUNT).tolist() == [[1, 2, 0, 4], [5, 0, 0, 0]]
-
-
-def test_token_logprobs_are_those_of_the_softmax_where_they_are_wanted() -> None:
-    logits, tokens = randn(2, 6, 5, seed=2), torch.randint(5, (2, 6), generator=generator(3))
-    mask = randn(2, 6, seed=4) > 0
-    full = torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
-    torch.testing.assert_close(token_logprobs(logits, tokens, mask), full * mask)
-
-
-def test_token_logprobs_have_the_gradient_of_the_softmax_and_none_elsewhere() -> None:
-    logits = randn(2, 6, 5, seed=5).requires_grad_()
-    other = logits.detach().clone().requires_grad_()
-    tokens, mask = torch.randint(5, (2, 6), generator=generator(6)), randn(2, 6, seed=7) > 0
-    token_logprobs(logits, tokens, mask).sum().backward()
-    full = torch.log_softmax(other, dim=-1).gather(-1, tokens[..., None])[..., 0]
-    full[mask].sum().backward()
-    torch.testing.assert_close(logits.grad, other.grad)
-
-
-def test_token_logprobs_of_an_empty_mask_are_zero_with_a_gradient_of_zero() -> None:
-    logits = randn(2, 6, 5, seed=8).to(torch.bfloat16).requires_grad_()
-    tokens, mask = torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.bool)
-    logprobs = token_logprobs(logits, tokens, mask)
-    logprobs.sum().backward()
-    assert not logprobs.any()
-    assert logits.grad is not None
-    assert not logits.grad.any()

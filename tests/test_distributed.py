@@ -11,6 +11,7 @@ import torch
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
+from tests.text_run import save_world, text_values
 from tests.tiny_streams import stream_values
 from tests.toy_run import losses, make_data, toy_values
 
@@ -108,6 +109,37 @@ def test_two_ranks_stream_and_weigh_as_one_does(mode: str, tmp_path: Path) -> No
     assert states[0]["balance"]["seen"] == states[1]["balance"]["seen"] == 3
     for axis, history in states[0]["balance"]["history"].items():
         assert states[1]["balance"]["history"][axis] == pytest.approx(history, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "method", "adapter"),
+    [
+        ("ddp", "bd3lm", "lora"),
+        ("fsdp2", "bd3lm", "none"),
+        ("fsdp2-blocks", "bd3lm", "lora"),
+        ("fsdp2-blocks", "tide", "none"),
+    ],
+)
+def test_two_ranks_train_a_language_model_as_one_does(
+    mode: str, method: str, adapter: str, tmp_path: Path
+) -> None:
+    world = save_world(tmp_path / "world")
+    runs = {}
+    for name, batch_size in (("one", 4), ("two", 2)):
+        values = text_values(world, method, data={"batch_size": batch_size})
+        values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
+        values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
+        runs[name] = values
+    train(parse_config(runs["one"]), tmp_path / "one")
+    printed = two_ranks(mode, runs["two"], tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if name.startswith("role"):
+            torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-4)
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def test_evaluate_writes_rows_and_shows_them(data: Path, tmp_path: Path) -> None
 
 def test_evaluate_names_the_suites_and_models_there_are(data: Path) -> None:
     config = write_config(data, evaluate={**DIGITS, "roles": ["studnt"]})
-    with pytest.raises(UserError, match="no suite 'fid'; there is few-step"):
+    with pytest.raises(UserError, match="no suite 'fid' for images and videos; there is few-step"):
         evaluate(config, suite="fid")
     with pytest.raises(UserError, match=r"no model 'studnt', did you mean 'student'\?"):
         evaluate(config)

@@ -95,6 +95,22 @@ def test_hub_ids_are_downloaded_part_by_part_without_pickles(root: Path, monkeyp
     assert not any(p.endswith((".bin", "*", ".pt")) for _, ps in asked for p in ps)
 
 
+@pytest.mark.parametrize("code", [False, True])
+def test_a_checkpoints_code_is_downloaded_if_asked_for(
+    code: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[str] = []
+
+    def download(path: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    loading.locate("owner/name", "", code=code)
+    assert ("*.py" in asked) is code
+    assert "*.safetensors" in asked
+
+
 def test_broken_and_incomplete_weights_are_user_errors(copy: Path) -> None:
     file = copy / "transformer" / WEIGHTS
     weights = load_file(file)

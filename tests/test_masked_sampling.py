@@ -33,12 +33,13 @@ def ask(network: Any, tokens: list[int]) -> Tensor:
 def test_a_padded_row_predicts_what_it_does_alone(name: str, attention: str) -> None:
     tokens = [3, MASK, 5, MASK]
     expected = ask(causal_lm(name), tokens)
-    padded = torch.tensor([[PAD, PAD, *tokens], [1, 2, 3, 4, 5, 6]])
+    padded = torch.tensor([[PAD, PAD, *tokens], [1, 2, 3, 4, 5, 6], [PAD, *tokens, PAD]])
     network = causal_lm(name, attention=attention)
     with torch.no_grad():
-        found = dense(denoise_all(network, padded, pads=torch.tensor([2, 0])))
+        found = dense(denoise_all(network, padded, padding=padded == PAD))
     assert found.isfinite().all()
     torch.testing.assert_close(found[:1, 2:], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2:, 1:-1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_without_a_mask_sees_in_both_directions_as_its_config_says() -> None:
@@ -55,7 +56,11 @@ def test_dreams_shift_moves_predictions_one_place_later() -> None:
     own = ask(network, tokens)
     torch.testing.assert_close(found[:, 1:], own[:, :-1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[:, 0], own[:, 0], rtol=1e-5, atol=1e-5)
-    assert shifted_right(torch.arange(4)[None]).tolist() == [[0, 0, 1, 2]]
+    values = torch.arange(4).repeat(2, 1)[..., None]
+    padding = torch.tensor([[False] * 4, [True] * 2 + [False] * 2])
+    shifted = shifted_right(values, padding)[..., 0]
+    assert shifted[0].tolist() == [0, 0, 1, 2]
+    assert shifted[1, 2:].tolist() == [2, 2]  # the first token after the padding, and its output
 
 
 @pytest.mark.parametrize("shift", [False, True])

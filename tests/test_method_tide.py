@@ -4,11 +4,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.methods.tide import Tide
-from diffdistill.texts import Reader, Text
+from diffdistill.projection import Projection
+from diffdistill.texts import Format, Reader, Text
 from diffdistill.types import Batch, Condition, Loss, Progress, State
 from tests.conftest import Spy, generator, rows_of
 
@@ -20,7 +22,15 @@ NONE: dict[str, Any] = {"tidal": "none", "exposure": 0.0, "weight": "uniform"}
 
 @dataclass
 class Texts:
-    """Reads texts from the batch; student and teacher have different mask tokens."""
+    """Reads texts from the batch; student and teacher have different mask tokens.
+
+    Where a mask token is suppressed is said by ``masks``; by default it is no token of the network.
+    """
+
+    masks: tuple[int, int] = (99, 99)
+
+    def format(self, *, reader: Reader = "student") -> Format:
+        return Format(self.masks[reader == "teacher"], block=1, length=64)
 
     def text(self, batch: Batch, *, reader: Reader = "student") -> Text:
         parts = (batch[f"{reader}/{name}"] for name in Text._fields)
@@ -503,3 +513,99 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         make_method(temperature=0.0)
     with pytest.raises(ValueError, match="t_low"):
         make_method(t_low=0.0)
+
+
+class Projected(Network):
+    """The same logits, as hidden states and an output head."""
+
+    def forward(self, state: State, condition: Condition) -> Any:
+        return Projection(super().forward(state, condition), torch.eye(len(self.own)))
+
+
+class Widest(TorchDispatchMode):
+    """Remembers the most rows of ``size`` numbers that any tensor had."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple) else (found,):
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == self.size:
+                self.rows = max(self.rows, value.numel() // self.size)
+        return found
+
+
+@pytest.mark.parametrize("passes", ["two", "doubled"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projections_give_the_loss_and_gradient_of_their_logits(variant: str, passes: str) -> None:
+    batch = batch_for(variant)
+    parts: dict[str, Any] = {"student": Projected(7, 1), "teacher": Projected(7, 2)}
+    methods = make_method(variant, passes=passes), make_method(variant, passes=passes, **parts)
+    torch.testing.assert_close(*(only_loss(method, batch).value for method in methods))
+    torch.testing.assert_close(*(student_gradient(method, batch) for method in methods))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_tokens_that_are_not_hidden_are_never_computed(variant: str) -> None:
+    class Headed(nn.Module):
+        """Constant hidden states of 3 numbers, and a head with 50 words."""
+
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.head = nn.Parameter(torch.randn(50, 3, generator=generator(seed)))
+
+        def forward(self, state: State, condition: Condition) -> Any:
+            return Projection(torch.ones(*state.x.shape, 3), self.head)
+
+    batch = batch_for(variant, 8)
+    student = Spy(Headed(1))
+    method = make_method(variant, student=student, teacher=Headed(2))
+    with Widest(50) as widest:
+        only_loss(method, batch).value.backward()
+    assert student.states[0].mask is not None
+    hidden = int(student.states[0].mask.sum())
+    assert 3 < widest.rows <= hidden < batch["student/tokens"].numel()
+
+
+def test_a_token_that_one_side_cannot_predict_is_left_out_of_the_comparison() -> None:
+    batch = make_batch(same=True)
+    banned = [0, 1]
+    dense = [Network(7, seed) for seed in (1, 2)]
+    for model, token in zip(dense, banned, strict=True):
+        with torch.no_grad():
+            model.own[:, token] = -torch.inf
+    method = make_method("shared", family=Texts((0, 1)), student=dense[0], teacher=dense[1])
+    loss = only_loss(method, batch)
+    assert loss.value.isfinite()
+    for model in dense:
+        with torch.no_grad():
+            model.own[:, banned] = -torch.inf
+    without_both = only_loss(method, batch).metrics["distillation"]
+    torch.testing.assert_close(loss.metrics["distillation"], without_both)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_distillation_is_a_mean_over_the_chunks_of_the_step(variant: str) -> None:
+    """Micro-batches with unlike numbers of chunks have the gradient of one batch."""
+    batch = batch_for(variant, 4)
+    batch["student/maskable"] = batch["student/maskable"].clone()
+    batch["student/maskable"][3, 4:] = False
+    method = make_method(variant, distillation_weight=5.0)
+    parts = [rows_of(batch, [0, 1, 2]), rows_of(batch, [3])]
+    sums = [method.counts(part) for part in parts]
+    counts = {name: sum(part[name] for part in sums) for name in ("chunks", "tokens")}
+    assert counts == method.counts(batch)
+    assert sums[0]["chunks"] > 3 * sums[1]["chunks"]
+    progress = HALF._replace(counts=counts)
+    total = torch.zeros(())
+    student: Any = method.student
+    for part in parts:
+        loss = only_loss(method, part, progress)
+        total = total + loss.value * loss.count / counts["tokens"]
+    student.zero_grad(set_to_none=True)
+    total.backward()
+    found = torch.cat([student.own.grad.flatten(), student.context.grad.flatten()])
+    torch.testing.assert_close(found, student_gradient(method, batch))

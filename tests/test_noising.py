@@ -9,7 +9,6 @@ from diffdistill.draws import Draws
 from diffdistill.noising import (
     MaskNoise,
     TokenLogprob,
-    active_chunks,
     likelihood_bound,
     mask_rate,
     nelbo,
@@ -18,7 +17,6 @@ from diffdistill.noising import (
     span_ranks,
     span_sums,
     span_times,
-    with_whole_chunks,
 )
 from tests.conftest import randn
 
@@ -138,39 +136,12 @@ def test_ranks_count_smaller_values_of_the_same_span() -> None:
             assert ranks[row, i] == smaller if mask[row, i] else ranks[row, i] > 4
 
 
-def test_a_chunk_is_masked_as_a_whole_or_not_at_all() -> None:
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        masked = torch.rand(2, 12, generator=rng) < 0.2
-        maskable = torch.rand(2, 12, generator=rng) < 0.8
-        masked &= maskable
-        chunks = torch.randint(-1, 4, (2, 12), generator=rng)
-        found = with_whole_chunks(masked, maskable, chunks)
-        for row, i in product(range(2), range(12)):
-            mates = [j for j in range(12) if chunks[row, j] == chunks[row, i]]
-            touched = chunks[row, i] >= 0 and any(masked[row, j] for j in mates)
-            expected = bool(masked[row, i]) or (touched and bool(maskable[row, i]))
-            assert bool(found[row, i]) == expected
-        active = active_chunks(masked, chunks)
-        for row, chunk in product(range(2), range(active.shape[1])):
-            assert bool(active[row, chunk]) == bool(masked[row][chunks[row] == chunk].any())
-
-
-def test_chunks_of_one_token_change_nothing() -> None:
-    noise = MaskNoise(mask_id=MASK)
-    args = (tokens(3, 8), everything(3, 8), Draws(0), torch.arange(3))
-    plain = noise(*args)
-    chunked = noise(*args, chunks=torch.arange(8).expand(3, 8))
-    assert torch.equal(plain.masked, chunked.masked)
-
-
-def test_the_effective_mask_rate_rises_with_chunks_as_the_closed_form_says() -> None:
-    noise = MaskNoise(mask_id=MASK, low=0.2, high=0.2)
-    maskable = everything(200, 60)
-    chunks = (torch.arange(60) // 3).expand(200, 60)
-    masked = noise(tokens(200, 60), maskable, Draws(0), torch.arange(200), chunks=chunks).masked
-    assert mask_rate(masked, maskable).item() == pytest.approx(1 - 0.8**3, abs=0.02)
-    assert mask_rate(torch.zeros_like(masked), maskable) == 0
+def test_the_mask_rate_is_a_share_of_what_may_be_masked() -> None:
+    maskable = everything(2, 4)
+    maskable[1] = False
+    masked = torch.tensor([[True, False, False, False], [False] * 4])
+    assert mask_rate(masked, maskable) == 0.25
+    assert mask_rate(masked & False, maskable & False) == 0
 
 
 def test_the_weight_is_one_over_t() -> None:

@@ -290,3 +290,8 @@ def test_no_more_than_one_tile_of_logits_is_there_at_a_time() -> None:
     with Watch():
         cross_entropy(student, torch.zeros(rows, dtype=torch.long), tile_rows=tile).sum().backward()
     assert largest == tile * words
+
+
+def test_a_projection_of_no_rows_has_no_logits() -> None:
+    empty = projection(0)._replace(hidden=randn(0, WIDTH, seed=0, dtype=torch.float64))
+    assert dense(empty).shape == (0, WORDS)

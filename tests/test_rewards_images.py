@@ -295,6 +295,21 @@ def test_a_frame_that_was_not_scored_has_the_saliency_of_its_part(make: Maker) -
     assert not torch.equal(saliency[0], saliency[3])
 
 
+@pytest.mark.parametrize("num_frames", [1, 2, 8, 16])
+def test_a_scored_frame_has_its_own_saliency_and_any_other_that_of_the_nearest(
+    make: Maker, num_frames: int
+) -> None:
+    reward = make(Clip, num_frames=num_frames)
+    for total in range(1, 130):
+        videos = torch.arange(float(total)).view(1, total, 1, 1, 1).expand(1, total, 3, 1, 1)
+        chosen = reward.seen(videos)
+        found = reward.places(chosen[:, :, :1], videos)[0, :, 0, 0].tolist()
+        scored = chosen[0, :, 0, 0, 0].tolist()
+        assert [found[int(frame)] for frame in scored] == scored
+        for frame, source in enumerate(found):
+            assert abs(frame - source) == min(abs(frame - other) for other in scored)
+
+
 def test_squashing_cropping_and_padding_agree_where_the_shape_fits() -> None:
     images = videos()[:, 0, :, :6, :]
     sized = [prepared(images, NORMAL, fit) for fit in ("squash", "crop", "pad")]

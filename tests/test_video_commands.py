@@ -27,11 +27,12 @@ from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.evaluation.moving_digits import MovingDigitsJudge, captions, film
 from diffdistill.evaluation.vbench import file_name
 from diffdistill.evaluation.video import digits_of, make_scene
+from diffdistill.pipelines.switching import block_of, switched
 from diffdistill.pipelines.wan_pipeline import StreamingPipeline
 from diffdistill.report.build import build_report
 from diffdistill.sampling import Encoded, Guided, encode_prompts, generate, inference
 from diffdistill.session import Session, build
-from diffdistill.streams import Timing, block_of, num_blocks, stream, switched, timed
+from diffdistill.streams import Timing, num_blocks, stream, timed
 from diffdistill.tracking import TensorBoard
 from diffdistill.types import State
 from tests import tiny
@@ -208,7 +209,7 @@ def test_a_frame_is_in_the_block_that_decodes_it(session: Session) -> None:
     assert [num_blocks(family, count) for count in (1, 5, 6, 13, 14)] == [1, 1, 2, 2, 3]
     told, starts = switched(family, [(13, "c"), (5, "b")], "a")
     assert (told, starts) == (["a", "b", "c"], {1: 1, 2: 2})
-    with pytest.raises(UserError, match=r"--switch 8:c: .* has a switch already; .* 8 frames"):
+    with pytest.raises(UserError, match=r"switch 8:c: .* has a switch already; .* 8 frames"):
         switched(family, [(5, "b"), (8, "c")], "a")
 
 
@@ -282,11 +283,30 @@ def test_a_video_is_streamed_with_a_switch(
         assert reader.get_meta_data()["fps"] == 8.0
 
 
+def test_a_run_is_streamed_with_another_view_of_the_past(run: Path, tmp_path: Path) -> None:
+    seen = ["family.window_frames=4", "family.sink_frames=2", "family.positions=relative"]
+
+    def streamed(name: str, *overrides: str) -> np.ndarray:
+        path = tmp_path / f"{name}.gif"
+        options: dict[str, Any] = {"prompts": ["a cat"], "num_frames": 45, "output": path}
+        return frames_of(stream_video(str(run), overrides=overrides, **options).path)
+
+    kept = streamed("kept", *seen, "family.sink_decay=1.0")
+    averaged = streamed("averaged", *seen, "family.sink_decay=0.0")
+    assert np.array_equal(kept, streamed("plain", *seen))  # what a sink at rest is
+    # A block sees the sink and itself: the second one leaves before the third, of frames 13 to 20.
+    assert np.array_equal(kept[:13], averaged[:13])
+    assert not np.array_equal(kept[13:], averaged[13:])
+    with pytest.raises(UserError, match=r"of a run, only .*family\.sink_decay.* can be changed"):
+        streamed("other", "family.block_frames=3")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompts": ["a", "b"]}, "--stream makes one video: give one --prompt"),
         ({"switches": [(30, "b")], "num_frames": 30}, "the video has frames 0 to 29"),
+        ({"switches": [(0, "b")]}, "switch 0:b: .* one block, which is told the first prompt"),
         ({"role": "teacher"}, "the teacher looks at a whole clip and does not stream"),
         ({"num_frames": 0}, "must be at least 1"),
         ({"num_frames": 300}, r"300 frames are 76 latent frames, .* absolute positions for 64"),

@@ -12,6 +12,7 @@ from diffdistill.config import parse_config
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.panel import Deferred
+from diffdistill.pipelines.switching import block_of
 from diffdistill.pipelines.wan_pipeline import SETTINGS, StreamingPipeline
 from diffdistill.session import build
 from tests.tiny_streams import stream_values
@@ -84,11 +85,24 @@ def test_so_many_frames_as_asked_for(exported: Path) -> None:
 def test_a_prompt_switch_begins_at_the_block_of_its_frame(exported: Path) -> None:
     pipe = StreamingPipeline.from_pretrained(exported)
     # blocks of two latents: frames 0-4, 5-12, 13-20
-    assert [pipe.block_of(f) for f in (0, 4, 5, 12, 13, 20, 21)] == [0, 0, 1, 1, 2, 2, 3]
+    assert [block_of(pipe.family, f) for f in (0, 4, 5, 12, 13, 20, 21)] == [0, 0, 1, 1, 2, 2, 3]
     plain = first_blocks(pipe, 3)
     switched = first_blocks(pipe, 3, switches={6: "a blue box"})
     assert torch.equal(plain[:5], switched[:5])
     assert not torch.allclose(plain[5:], switched[5:], atol=1e-4)
+    with pytest.raises(UserError, match=r"switch 8:b: the block .* has a switch already"):
+        first_blocks(pipe, 1, switches={6: "a", 8: "b"})
+    with pytest.raises(UserError, match=r"switch 4:a: frames 0 to 4 are one block, .* first"):
+        first_blocks(pipe, 1, switches={4: "a"})
+
+
+def test_a_student_streams_at_the_size_that_it_was_trained_at(exported: Path) -> None:
+    pipe = StreamingPipeline.from_pretrained(exported)
+    assert torch.equal(next(pipe.stream("a red ball")), first_blocks(pipe, 1))
+    assert pipe("a red ball", num_frames=1, size=(16, 48)).shape == (1, 3, 16, 48)
+    pipe.size = None
+    with pytest.raises(UserError, match=r"give size=\(H, W\)"):
+        next(pipe.stream("a red ball"))
 
 
 def test_a_folder_that_does_not_say_how_it_streams_is_refused(run: Path) -> None:

@@ -14,6 +14,7 @@ OPTIONAL = {
     "xformers": "family.attention xformers",
     "flash_attn": "family.attention flash",
     "wandb": "tracking.wandb",
+    "lm_eval": "evaluate --suite lm-eval",
 }
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffdistill.checkpoints import write_atomic
+from diffdistill.commands.evaluate_text import evaluate_text
 from diffdistill.commands.sample import how_sampled
-from diffdistill.commands.sessions import models, open_session, render
+from diffdistill.commands.sessions import is_of_texts, models, open_session, render
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings, Row, few_step, parse_settings
 from diffdistill.evaluation.groups import make_groups, read_named_prompts
@@ -17,12 +18,13 @@ from diffdistill.sampling import makes_videos
 from diffdistill.session import Session
 
 SUITES = ("few-step", "video", "vbench")
+TEXT_SUITES = ("text", "python", "lm-eval")
 
 
 def evaluate(
     source: str,
     *,
-    suite: str = "few-step",
+    suite: str | None = None,
     checkpoint: str = "latest",
     output: Path | None = None,
     overrides: Sequence[str] = (),
@@ -32,11 +34,12 @@ def evaluate(
     ``few-step`` measures images against the number of sampling steps, ``video`` the rewards,
     flicker, drift and speed of videos; the rows are written as JSON into ``evaluation.json`` or
     ``evaluation-video.json`` of a run's folder. ``vbench`` writes videos for the official
-    harness.
+    harness. Of text models, see ``evaluate_text``.
 
     Args:
         source: A run's folder, or a config (before any training).
-        suite: ``few-step``, ``video`` or ``vbench``.
+        suite: ``few-step``, ``video`` or ``vbench``, of texts ``text``, ``python`` or
+            ``lm-eval``; None is the first.
         checkpoint: Which checkpoint of a run.
         output: The JSON file; None is that of the run, and none for a config. For ``vbench`` the
             folder; None is ``vbench`` in the run's folder, or here.
@@ -45,8 +48,14 @@ def evaluate(
     Raises:
         UserError: If the section ``evaluate`` does not say what can be measured here.
     """
-    if suite not in SUITES:
-        raise UserError(f"no suite {suite!r}; there is {', '.join(SUITES)}")
+    texts = is_of_texts(source, overrides)
+    suites = TEXT_SUITES if texts else SUITES
+    suite = suites[0] if suite is None else suite
+    if suite not in suites:
+        of = "texts" if texts else "images and videos"
+        raise UserError(f"no suite {suite!r} for {of}; there is {', '.join(suites)}")
+    if texts:
+        return evaluate_text(source, suite, checkpoint, output, overrides)
     session = open_session(source, checkpoint, overrides)
     settings = parse_settings(session.config.evaluate, f"{source}: evaluate")
     if suite == "vbench":
@@ -104,7 +113,7 @@ def _vbench(session: Session, settings: EvaluateSettings, folder: Path) -> str:
     chosen = models(session, _roles(settings, ["student"]))
     for name, model in chosen.items():
         place = folder / name if len(chosen) > 1 else folder
-        order = Order(prompts, size, num_videos, session.config.sample.seed, place)
+        order = Order(prompts, size, num_videos, session.config.pictures.seed, place)
         written = 0
         for path in write_videos(session, model, Sampling(*how_sampled(session, name)), order):
             written += 1

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from diffdistill import catalog
+from diffdistill.answering import language_family
 from diffdistill.checkpoints import restore, role_tensors
 from diffdistill.errors import UserError
 from diffdistill.pipelines.exporting import (
@@ -11,13 +14,16 @@ from diffdistill.pipelines.exporting import (
     export_pipeline,
     export_single_file,
 )
+from diffdistill.pipelines.exporting_text import export_language_lora, export_language_model
 from diffdistill.pipelines.latent import LatentFamily
+from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.wan_pipeline import write_settings
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.roles import Role
 from diffdistill.session import Session
 
-LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora")
+LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora", "model")
+TEXT_LAYOUTS = ("auto", "lora", "model")
 
 
 def export(
@@ -32,11 +38,13 @@ def export(
 
     Args:
         run: The run's folder.
-        output: A folder for ``lora`` and ``pipeline``, a file for the others.
+        output: A file for ``single-file`` and ``comfyui-lora``, a folder for the others.
         layout: ``lora`` is what diffusers' ``load_lora_weights`` reads; ``pipeline`` a complete
             diffusers folder; ``single-file`` the transformer in the original key layout, which
             ComfyUI reads; ``comfyui-lora`` a LoRA in that layout; ``auto`` is ``lora`` for an
-            adapter and ``pipeline`` for a fully trained network.
+            adapter and ``pipeline`` for a fully trained network. Of text models, ``lora`` is
+            what peft reads, and ``model`` (``auto`` for a fully trained network) a complete
+            folder for transformers.
         role: ``student``, or ``average`` where ``train.ema`` kept one.
         checkpoint: Which checkpoint of the run.
 
@@ -51,8 +59,16 @@ def export(
     if role not in known_roles:
         raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
     family = session.family
+    name = session.config.family["name"]
+    if isinstance(family, TextPair):
+        if layout not in TEXT_LAYOUTS:
+            raise UserError(f"layout {layout!r} is for images and videos, not for {name}; here: "
+                            f"{', '.join(TEXT_LAYOUTS)}")  # fmt: skip
+        return _write_text(known_roles[role], output, layout)
     if not isinstance(family, LatentFamily):
-        raise UserError(f"the family {session.config.family['name']} has nothing to export to")
+        raise UserError(f"the family {name} has nothing to export to")
+    if layout == "model":
+        raise UserError(f"layout 'model' is for text models, not for {name}")
     written = _write(family, known_roles[role], output, layout)
     if isinstance(family, WanStreaming):
         _say_how_it_streams(session, family, written)
@@ -64,21 +80,40 @@ def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -
     write_settings(
         written if written.is_dir() else written.parent,
         family,
-        num_steps=int(method.get("num_steps", session.config.sample.num_steps)),
+        num_steps=int(method.get("num_steps", session.config.pictures.num_steps)),
         sampler=method.get("sampler", "euler"),
+        size=session.config.data.size or session.config.pictures.size,
     )
+
+
+def _write_text(role: Role, output: Path, layout: str) -> Path:
+    family = language_family(role)
+    if layout == "auto":
+        layout = "model" if role.adapter is None else "lora"
+    if layout == "lora":
+        weights, source = _own_adapter(role, "model"), role.settings
+        return export_language_lora(family, weights, output, rank=source.rank, alpha=source.alpha)
+    return export_language_model(family, role.network, output, adapter=role.adapter)
+
+
+def _own_adapter(role: Role, instead: str) -> dict[str, Tensor]:
+    """Return the factors of a role's adapter.
+
+    Raises:
+        UserError: If it has none.
+    """
+    if role.adapter is None:
+        raise UserError(f"{role.name} was trained fully: export it as {instead}")
+    if role.settings.weights not in ("trained", "ema"):
+        raise UserError(f"{role.name} has no weights of its own: {role.settings.weights}")
+    return {n: t for n, t in role_tensors(role).items() if not n.startswith("head.")}
 
 
 def _write(family: LatentFamily, role: Role, output: Path, layout: str) -> Path:
     if layout == "auto":
         layout = "pipeline" if role.adapter is None else "lora"
     if layout in ("lora", "comfyui-lora"):
-        if role.adapter is None:
-            raise UserError(f"{role.name} was trained fully: export it as pipeline or single-file")
-        source = role.settings
-        if source.weights not in ("trained", "ema"):
-            raise UserError(f"{role.name} has no weights of its own: {source.weights}")
-        weights = {n: t for n, t in role_tensors(role).items() if not n.startswith("head.")}
+        weights, source = _own_adapter(role, "pipeline or single-file"), role.settings
         write = export_lora if layout == "lora" else export_comfy_lora
         return write(family, weights, output, rank=source.rank, alpha=source.alpha)
     write_network = export_pipeline if layout == "pipeline" else export_single_file

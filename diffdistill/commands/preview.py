@@ -18,7 +18,7 @@ from diffdistill.evaluation.groups import chosen_examples, digit_labels
 from diffdistill.grids import save_grid
 from diffdistill.roles import Role
 from diffdistill.sampling import inference
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 from diffdistill.types import Batch, Example
 
 CLEARLY = 0.95
@@ -62,6 +62,7 @@ def preview(
         UserError: If the data has no images or the family no privileged view.
     """
     session = open_session(source, overrides=overrides)
+    flow_family(session)  # no texts
     settings = parse_settings(session.config.evaluate)
     examples = chosen_examples(open_dataset(session.config.data), num_examples)
     comparisons = compare(session, examples, seed)
@@ -95,12 +96,12 @@ def _batch(
 
 
 def _compared(session: Session, example: Example, batch: Batch, seed: int) -> Comparison:
-    family, roles = session.family, session.roles.by_name
+    family, roles = flow_family(session), session.roles.by_name
     student = roles["student"]
     teacher = roles.get("teacher", student)
     exposure = getattr(session.method, "exposure", 1.0) or 1.0
     noise = Draws(seed).normal("sample", batch["ids"], family.latent_shape(batch))
-    steps = int(session.config.method.get("num_steps", session.config.sample.num_steps))
+    steps = int(session.config.method.get("num_steps", session.config.pictures.num_steps))
 
     def drawn(role: Role, shown: float) -> Tensor:
         condition = family.condition(batch, exposure=shown)

@@ -22,7 +22,7 @@ from diffdistill.sampling import (
     encode_prompts,
     generate,
 )
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 
 NUM_PROMPTS = 8
 LABELS = {"base": "base\nuntrained", "teacher": "teacher\nprompt only"}
@@ -75,7 +75,8 @@ def sample(
         overrides: ``section.key=value`` changes of the config.
     """
     session = open_session(source, checkpoint, overrides)
-    settings = session.config.sample
+    flow_family(session)  # no texts
+    settings = session.config.pictures
     count = settings.num_images if num_images is None else num_images
     if min(count, 1 if steps is None else steps) < 1:
         raise UserError("steps and num_images must be at least 1")
@@ -116,7 +117,7 @@ def default_output(source: str, name: str) -> Path:
 
 def how_sampled(session: Session, name: str, steps: int | None = None) -> tuple[int, float]:
     """Return the sampling steps of the model called ``name``, and its guidance."""
-    settings = session.config.sample
+    settings = session.config.pictures
     if name != "teacher":
         return steps or settings.num_steps, 1.0
     return steps or settings.teacher_steps or settings.num_steps, settings.teacher_guidance
@@ -126,7 +127,7 @@ def encoded_prompts(
     session: Session, prompts: Sequence[str], size: tuple[int, int] | None
 ) -> tuple[Encoded, tuple[int, int]]:
     """Return the prompts to draw and their size, taken from the data where nobody gives them."""
-    settings = session.config.sample
+    settings = session.config.pictures
     size, prompts = size or settings.size, prompts or settings.prompts
     if prompts and size:
         return encode_prompts(session, prompts, size), size

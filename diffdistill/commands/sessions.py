@@ -1,7 +1,6 @@
 """What several commands share: a session to look at, its models by name, and tables."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,9 +12,13 @@ from diffdistill.config import load_config
 from diffdistill.errors import UserError
 from diffdistill.roles import Role
 from diffdistill.sampling import base_role
-from diffdistill.session import Session, build, build_reward
+from diffdistill.session import Session, build
 
-OVERRIDABLE = ("data", "sample", "evaluate", "rewards")
+OVERRIDABLE = (
+    "data", "sample", "evaluate", "rewards", "family.sink_decay", "family.sink_frames",
+    "family.window_frames", "family.positions",
+)  # fmt: skip
+"""What does not alter the weights of a run: sections, and how a student sees its past."""
 
 
 def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[str] = ()) -> Session:
@@ -24,8 +27,7 @@ def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[st
     Args:
         source: A run's folder, a YAML file, or the name of a bundled config.
         checkpoint: Which checkpoint of a run.
-        overrides: ``section.key=value``; of a run, the sections data, sample, evaluate and
-            rewards only.
+        overrides: ``section.key=value``; of a run, those of ``OVERRIDABLE`` only.
 
     Raises:
         UserError: If there is no such run, config or checkpoint.
@@ -36,15 +38,28 @@ def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[st
         return build(load_config(source, overrides))
     for override in overrides:
         key, _, _ = override.removeprefix("--").partition("=")
-        if key.partition(".")[0] not in OVERRIDABLE:
+        if not {key, key.partition(".")[0]} & set(OVERRIDABLE):
             raise UserError(
                 f"override {override!r}: of a run, only {', '.join(OVERRIDABLE)} can be changed"
             )
-    session = restore(Path(source), checkpoint)
-    config = load_config(f"{source}/config.yaml", overrides)
-    if hasattr(session.method, "reward") and config.rewards != session.config.rewards:
-        session.method.reward = build_reward(config, session.device)
-    return replace(session, config=config)
+    return restore(Path(source), checkpoint, overrides=overrides)
+
+
+def is_of_texts(source: str, overrides: Sequence[str] = ()) -> bool:
+    """Return whether a run's folder, or a config, is of a text model; nothing is loaded.
+
+    Raises:
+        UserError: If there is no such config, or it is wrong.
+    """
+    run = Path(source)
+    if run.is_dir():
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run} is not a run folder: it has no config.yaml")
+        config = load_config(str(run / "config.yaml"))
+    else:
+        config = load_config(source, overrides)
+    texts: bool = catalog.load("method", config.method["name"]).texts
+    return texts
 
 
 def models(session: Session, names: Sequence[str]) -> dict[str, Role]:

@@ -10,6 +10,7 @@ from diffdistill.commands.sample import default_output, encoded_prompts
 from diffdistill.commands.sessions import models, open_session
 from diffdistill.errors import UserError
 from diffdistill.grids import resized
+from diffdistill.pipelines.switching import switched
 from diffdistill.sampling import clip_frames, encode_prompts, inference
 from diffdistill.streams import (
     Timing,
@@ -17,7 +18,6 @@ from diffdistill.streams import (
     num_blocks,
     stream,
     streaming_family,
-    switched,
     timed,
 )
 
@@ -64,7 +64,8 @@ def stream_video(
     Args:
         source: A run's folder, or a config (before any training).
         prompts: What to show; none takes the first of ``sample.prompts``, or else of the data.
-        switches: Pixel frame and prompt: told from the block on that holds the frame.
+        switches: Pixel frame and prompt: told from the block on that holds the frame, which
+            is not the first.
         num_frames: Frames; None takes those of a clip.
         steps: Model calls for each block; None takes ``sample.num_steps``.
         seed: Seed of the noise; None takes ``sample.seed``.
@@ -78,7 +79,7 @@ def stream_video(
         UserError: If the model does not stream, or a frame or prompt does not fit.
     """
     session = open_session(source, checkpoint, overrides)
-    family, settings = streaming_family(session, role), session.config.sample
+    family, settings = streaming_family(session, role), session.config.pictures
     model = models(session, [role])[role]
     count = clip_frames(session) if num_frames is None else num_frames
     assert count is not None, "a family that streams makes videos"

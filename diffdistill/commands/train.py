@@ -1,6 +1,5 @@
 """``diffdistill train``: everything around the training loop."""
 
-import math
 import os
 import signal
 import tempfile
@@ -11,23 +10,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.config import RunConfig
-from diffdistill.data.batches import make_batches
-from diffdistill.data.cache import EncodedDataset
-from diffdistill.data.dataset import open_dataset
-from diffdistill.data.stream import Stream
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.estimates import describe
-from diffdistill.evaluation.few_step import parse_settings
+from diffdistill.evaluation.text_settings import check_evaluate
+from diffdistill.feeding import Feed, open_feed
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
 from diffdistill.session import Session, build, load_rewards
 from diffdistill.tracking import Tracker
 from diffdistill.trainer import Trainer
+from diffdistill.transcripts import Scribe
 from diffdistill.types import Batch
 
 
@@ -87,17 +82,17 @@ class Run(NamedTuple):
     trainer: Trainer
     batches: Generator[Batch]
     checkpoints: Checkpoints
-    painter: Painter
+    painter: Painter | Scribe
 
 
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
-    parse_settings(config.evaluate)
+    check_evaluate(config)
     session = build(config, distributed.device)
     if hasattr(session.method, "reward"):
         load_rewards(session.method.reward)
-    encoded = _encoded(session, output, distributed)
-    painter = Painter(session, encoded, output, main=distributed.main)
+    feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
+    painter = _painter(session, feed, output, distributed)
     checkpoints = Checkpoints(output, config.train.keep)
     snapshot = None
     if resume is not None and (resume != "latest" or checkpoints.names()):
@@ -106,7 +101,7 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
             _say(distributed, f"{problem}; falling back to {path.name}")
     distributed.shard(session.roles.networks())
     samples = 0 if snapshot is None else snapshot.state["samples"]
-    batches = _batches(session, encoded, distributed, samples)
+    batches = feed.after(samples, session, distributed)
     trainer = Trainer(session, batches, distributed)
     if snapshot is not None:
         trainer.load(snapshot, path)
@@ -114,35 +109,13 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     return Run(trainer, batches, checkpoints, painter)
 
 
-def _encoded(session: Session, output: Path, distributed: Distributed) -> EncodedDataset:
-    data = session.config.data
-    dataset = open_dataset(data)
-    origin = dataset.first_without_image()
-    if session.method.needs_images() and origin is not None:
-        name = session.config.method["name"]
-        raise UserError(f"{origin}: method {name} needs an image for every prompt")
-    folder = Path(data.cache) if data.cache else output / "cache"
-    encoded = EncodedDataset(dataset, session.family, folder)
-
-    def progress(done: int, total: int) -> None:
-        _say(distributed, f"encoded {done}/{total}")
-
-    with torch.no_grad():
-        encoded.prepare(distributed.rank, distributed.world, progress)
-    distributed.wait()
-    return encoded
-
-
-def _batches(
-    session: Session, encoded: EncodedDataset, distributed: Distributed, samples: int
-) -> Generator[Batch]:
-    """Return this rank's batches, after those that ``samples`` were drawn for on all ranks."""
-    data, train = session.config.data, session.config.train
-    dataset = encoded.dataset
-    stream = Stream(dataset.groups, data.batch_size, train.seed, repeats=data.repeats)
-    start = math.ceil(samples / (data.batch_size * distributed.world))
-    order = stream.for_rank(distributed.rank, distributed.world, start)
-    return make_batches(encoded, session.family, order, session.draws)
+def _painter(
+    session: Session, feed: Feed, output: Path, distributed: Distributed
+) -> Painter | Scribe:
+    """Return what draws pictures of the run, or writes its answers."""
+    if feed.encoded is not None:
+        return Painter(session, feed.encoded, output, main=distributed.main)
+    return Scribe(session, output, main=distributed.main)
 
 
 def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -> None:
@@ -162,8 +135,9 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
                 snapshot = trainer.snapshot()
                 if distributed.main:
                     checkpoints.save(step, snapshot)
+            log = tracker.picture if isinstance(run.painter, Painter) else tracker.text
             for name, path in run.painter.after_step(step):
-                tracker.picture(step, name, path)
+                log(step, name, path)
             return not stop
 
         trainer.run(after_step)

@@ -1,7 +1,8 @@
 """Collated batches, made in a thread while the one before is trained on."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -9,6 +10,8 @@ from diffdistill.data.cache import EncodedDataset, Encoder, Entry
 from diffdistill.data.stream import MicroBatch
 from diffdistill.draws import Draws
 from diffdistill.types import Batch
+
+T = TypeVar("T")
 
 
 def make_batches(
@@ -19,22 +22,30 @@ def make_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the batch of each micro-batch, with ``ids`` (int64 ``[B]``) and ``prompts`` added.
 
-    The next batch is read, collated and copied to the device by a thread. What goes wrong
-    there is raised here; closing this generator ends the thread.
-
     Args:
         encoded: The encoded examples.
         family: Collates them.
         stream: The micro-batches.
         draws: Decides, by id, which prompts are dropped.
     """
-    device = torch.cuda.current_device() if family.device.type == "cuda" else None
+    return prefetched(stream, lambda micro: _make(encoded, family, micro, draws), family.device)
+
+
+def prefetched(
+    stream: Iterator[T], make: Callable[[T], Batch], device: torch.device
+) -> Generator[Batch, None, None]:
+    """Yield what ``make`` returns for each item, the next one already in the making.
+
+    The next batch is read, collated and copied to the device by a thread. What goes wrong
+    there is raised here; closing this generator ends the thread.
+    """
+    current = torch.cuda.current_device() if device.type == "cuda" else None
 
     def make_next() -> Batch | None:
-        micro = next(stream, None)
-        return None if micro is None else _make(encoded, family, micro, draws)
+        item = next(stream, None)
+        return None if item is None else make(item)
 
-    with ThreadPoolExecutor(1, "batches", initializer=_use_device, initargs=(device,)) as thread:
+    with ThreadPoolExecutor(1, "batches", initializer=_use_device, initargs=(current,)) as thread:
         upcoming = thread.submit(make_next)
         while (batch := upcoming.result()) is not None:
             upcoming = thread.submit(make_next)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,11 +14,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffdistill.data.dataset import ExampleDataset
+from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.types import Example
 
 Encoded = Mapping[str, Tensor]
+
+
+class Examples(Protocol):
+    """What is needed of a data set here (see ``dataset.ExampleDataset``)."""
+
+    settings: DataSettings
+    prompts: list[str]
+
+    @property
+    def groups(self) -> Sequence[Hashable]:
+        """What must be equal for examples to share a batch."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Return the example."""
+        ...
+
+    def key(self, index: int) -> str:
+        """Return a hash of everything the example depends on."""
+        ...
+
+    def has_videos(self) -> bool:
+        """Return whether examples have videos, which are large."""
+        ...
 
 
 class Encoder(Protocol):
@@ -64,7 +92,7 @@ class EncodedDataset:
 
     def __init__(
         self,
-        dataset: ExampleDataset,
+        dataset: Examples,
         family: Encoder,
         folder: Path,
         batch_size: int = 8,
@@ -186,6 +214,11 @@ ZEROS = "zeros:"
 The latents of a video to be generated would be megabytes of them."""
 
 
+SYNCED_BYTES = 2**16
+"""Smaller files (texts, of which there are many) are sooner encoded again than synchronized; what a
+crash of the machine left of one is found by ``EncodedDataset.missing``."""
+
+
 def _packed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """Return name and content as they are kept."""
     tensor = tensor.detach().cpu()
@@ -207,6 +240,7 @@ def _write(file: Path, tensors: Encoded) -> None:
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as stream:
         stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+        if len(content) >= SYNCED_BYTES:
+            stream.flush()
+            os.fsync(stream.fileno())
     unfinished.replace(file)

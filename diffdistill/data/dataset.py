@@ -135,7 +135,7 @@ def open_dataset(settings: DataSettings, root: Path | None = None) -> ExampleDat
     if settings.path is None:
         records = read_source(settings, root, problems)
     else:
-        records = read_path(_resolve(settings.path, root), settings, problems)
+        records = read_path(resolve(settings.path, root), settings, problems)
     sizes = _sizes(settings)
     items = _verified(records[: settings.max_examples], sizes, settings, problems)
     settle(problems, settings.on_error)
@@ -179,7 +179,8 @@ def _check_size(settings: DataSettings) -> None:
         )
 
 
-def _resolve(path: str, root: Path) -> Path:
+def resolve(path: str, root: Path) -> Path:
+    """Return where ``data.path`` is."""
     name = path.removeprefix("bundled:")
     return root / Path(path).expanduser() if name == path else bundled("data", name)
 

@@ -52,7 +52,7 @@ def read_source(settings: DataSettings, root: Path, problems: list[Problem]) -> 
     Raises:
         UserError: If the source cannot be loaded or lacks a column.
     """
-    table = _load(settings, root)
+    table = load_source(settings, root)
     columns = [
         column
         for column in (
@@ -72,7 +72,12 @@ def read_source(settings: DataSettings, root: Path, problems: list[Problem]) -> 
     return collect(lambda row: _record(table, row, root, settings), range(len(table)), problems)
 
 
-def _load(settings: DataSettings, root: Path) -> Any:
+def load_source(settings: DataSettings, root: Path, *, streaming: bool = False) -> Any:
+    """Return what ``datasets`` makes of ``settings.source``, read at once or while it is used.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -82,7 +87,9 @@ def _load(settings: DataSettings, root: Path) -> Any:
     if len(files) == 1 and Path(files[0]).is_dir():
         where = {"data_dir": files[0]}
     try:
-        return datasets.load_dataset(settings.source, split=settings.split, **where)
+        return datasets.load_dataset(
+            settings.source, split=settings.split, streaming=streaming, **where
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot load data.source {settings.source!r}: {error}") from error
 

@@ -11,7 +11,9 @@ class DataSettings:
     Attributes:
         path: A folder of images (or videos, see ``num_frames``) with ``metadata.jsonl`` (or
             ``.csv``, ``.parquet``) or with a ``.txt`` file beside each; or a ``.txt`` or
-            ``.jsonl`` file of prompts only; or "bundled:NAME".
+            ``.jsonl`` file of prompts only; or "bundled:NAME". Of text models: a ``.jsonl``,
+            ``.json`` or ``.parquet`` file of chats or texts, a ``.txt``, ``.md`` or ``.py`` file
+            that is one text, or a folder of such files.
         source: Instead of ``path``, whatever ``datasets.load_dataset`` can read: a hub id, or
             a builder ("json", "parquet", "imagefolder", ...) together with ``files``.
         split: The split of ``source`` to read.
@@ -41,6 +43,15 @@ class DataSettings:
         on_error: Whether a bad example is an error or is skipped, counted and logged.
         cache: The folder for the encoders' outputs. None is ``cache`` in the run's folder.
         max_examples: Reads only the first examples.
+        messages_column: Of text models: the column with chats, lists of ``role`` and ``content``.
+            A row without it is a plain text, in ``prompt_column``.
+        turns: Which answers of a chat are learned: ``all`` in one row, where an answer sees the
+            turns that follow it within its block; the ``last`` alone; or ``each``, in a row of
+            its own that ends with it.
+        packing: Fill rows with one text after the other, with end tokens between them.
+        truncate: Cut texts that are too long; False makes them bad examples.
+        streaming: Read texts as they are needed, for sets larger than memory; nothing is cached.
+        shuffle_buffer: Texts that a stream is shuffled among; 1 keeps their order.
     """
 
     path: str | None = None
@@ -64,3 +75,9 @@ class DataSettings:
     on_error: Literal["error", "skip"] = "error"
     cache: str | None = None
     max_examples: int | None = None
+    messages_column: str = "messages"
+    turns: Literal["all", "last", "each"] = "all"
+    packing: bool = False
+    truncate: bool = True
+    streaming: bool = False
+    shuffle_buffer: int = 1000

@@ -20,9 +20,10 @@ class Row(NamedTuple):
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
     """Yield each line that is not blank, and its origin."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            yield line, f"{path}:{number}"
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield line, f"{path}:{number}"
 
 
 def read_jsonl(path: Path, problems: list[Problem]) -> Iterator[Row]:
@@ -57,8 +58,22 @@ def read_parquet(path: Path, problems: list[Problem]) -> Iterator[Row]:
         parquet = import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         raise MissingExtra("pyarrow", f"reading {path}") from error
-    for number, values in enumerate(parquet.read_table(path).to_pylist(), start=1):
-        yield Row(values, f"{path}:{number}")
+    with parquet.ParquetFile(path) as file:
+        rows = (values for part in file.iter_batches() for values in part.to_pylist())
+        for number, values in enumerate(rows, start=1):
+            yield Row(values, f"{path}:{number}")
+
+
+def read_json(path: Path, problems: list[Problem]) -> Iterator[Row]:
+    """Yield the objects of a JSON file that holds a list; their numbers count from 1."""
+    items = json.loads(path.read_bytes())
+    if not isinstance(items, list):
+        raise ValueError("not a list of objects")
+    for number, values in enumerate(items, start=1):
+        if isinstance(values, dict):
+            yield Row(values, f"{path}:{number}")
+        else:
+            problems.append(Problem("malformed row", f"{path}:{number}", "not a JSON object"))
 
 
 READERS: dict[str, Callable[[Path, list[Problem]], Iterator[Row]]] = {
@@ -68,14 +83,32 @@ READERS: dict[str, Callable[[Path, list[Problem]], Iterator[Row]]] = {
 }
 
 
+TEXT_READERS = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
 def read_table(path: Path, problems: list[Problem]) -> list[Row]:
     """Return the rows of a ``.jsonl``, ``.csv`` or ``.parquet`` file.
 
     Raises:
         UserError: If the file as a whole cannot be read.
     """
+    return list(_explained(READERS[path.suffix], path, problems))
+
+
+def read_rows(path: Path, problems: list[Problem]) -> Iterator[Row]:
+    """Yield the rows of a file of texts (see ``TEXT_READERS``) as they are read.
+
+    Raises:
+        UserError: If the file cannot be read on.
+    """
+    return _explained(TEXT_READERS[path.suffix], path, problems)
+
+
+def _explained(
+    reader: Callable[[Path, list[Problem]], Iterator[Row]], path: Path, problems: list[Problem]
+) -> Iterator[Row]:
     try:
-        return list(READERS[path.suffix](path, problems))
+        yield from reader(path, problems)
     except MissingExtra:
         raise
     except (OSError, ValueError, csv.Error) as error:

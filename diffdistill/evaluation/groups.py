@@ -37,7 +37,7 @@ def make_groups(session: Session, settings: EvaluateSettings) -> list[Group]:
         raise UserError("evaluate.metrics is empty: name some of digits, clip, dino, perceptual")
     if "moving-digits" in settings.metrics:
         raise UserError("evaluate.metrics moving-digits is of videos: use --suite video")
-    size = settings.size or session.config.sample.size
+    size = settings.size or session.config.pictures.size
     if size is None:
         size = commonest_size(open_dataset(session.config.data))
     groups: list[Group] = []

@@ -65,7 +65,7 @@ def write_videos(session: Session, model: Role, how: Sampling, order: Order) -> 
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"evaluate.prompts: two prompts would be written to {twice!r}")
-    told, fps = list(order.prompts.values()), session.config.sample.fps
+    told, fps = list(order.prompts.values()), session.config.pictures.fps
     for index, name in enumerate(order.prompts):
         paths = {n: order.folder / file_name(name, n) for n in range(order.num_videos)}
         missing = [number for number, path in paths.items() if not path.exists()]

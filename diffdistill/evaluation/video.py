@@ -135,7 +135,7 @@ def chosen_prompts(
     session: Session, settings: EvaluateSettings
 ) -> tuple[list[str], tuple[int, int]]:
     """Return the prompts to evaluate, and the size ``(H, W)`` of what to make of them."""
-    size = settings.size or session.config.sample.size
+    size = settings.size or session.config.pictures.size
     if settings.prompts is not None and size is not None:
         return read_prompts(Path(settings.prompts)), size
     dataset = open_dataset(session.config.data)
@@ -205,8 +205,9 @@ def quality_of(
 ) -> dict[str, float]:
     """Return what is measured of a model's videos from one seed.
 
-    A model that streams makes long videos: their beginnings are its clips, and what their ends
-    are worse by is its drift.
+    A model that streams makes long videos, whose beginnings are its clips. Its drift is what is
+    measured of their ends less that of their beginnings: of a reward (``drift/AXIS``) negative is
+    worse, of the Frechet distance (``drift/frechet``) positive.
     """
     factor = scene.long_factor if streams(session, name) else 1
     encoded, length = scene.encoded, scene.num_frames * factor

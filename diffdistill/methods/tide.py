@@ -8,7 +8,7 @@ they share a vocabulary, on the prediction of each token. The denoising loss is 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from diffdistill.chunks import (
     num_chunks,
     select_whole,
     sizes,
-    token_logprobs,
     tokens_of,
     touched,
 )
@@ -27,20 +26,26 @@ from diffdistill.divergences import (
     calm,
     chunk_clamped,
     chunk_probability,
-    forward_kl,
     masked_mean,
     reverse_binary_kl,
     reverse_calm,
-    reverse_kl,
-    tidal_logits,
     tidal_probability,
 )
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.method import Method
-from diffdistill.protocols import Model
+from diffdistill.projection import (
+    Prediction,
+    at,
+    prediction_rows,
+    token_logprob,
+    token_maps,
+    vocabulary,
+    with_rows,
+    without,
+)
 from diffdistill.schedules import TidalGrowth, tidal_rate
-from diffdistill.texts import Text, TextFamily
+from diffdistill.texts import Text, TextFamily, TextModel
 from diffdistill.types import Batch, Loss, Progress
 from diffdistill.views import complementary, merged
 from diffdistill.weights import NoiseWeight, noise_weight
@@ -53,10 +58,6 @@ CHUNK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "calm": calm,
     "reverse-calm": reverse_calm,
     "reverse-binary-kl": reverse_binary_kl,
-}
-TOKEN_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "forward-kl": forward_kl,
-    "reverse-kl": reverse_kl,
 }
 
 
@@ -131,11 +132,12 @@ class Tide(Method):
     """
 
     roles: ClassVar = {"student": {"weights": "trained"}, "teacher": {"weights": "frozen"}}
+    texts: ClassVar = True
 
     family: TextFamily
     draws: Draws
-    student: Model
-    teacher: Model
+    student: TextModel
+    teacher: TextModel
     variant: Literal["cross", "shared", "calm-tidal"] = "cross"
     divergence: ChunkLoss | TokenLoss | None = None
     tidal: Tidal | None = None
@@ -155,7 +157,7 @@ class Tide(Method):
         given = {name: getattr(self, name) for name in Preset._fields}
         chosen = {name: value for name, value in given.items() if value is not None}
         self._chosen = PRESETS[self.variant]._replace(**chosen)
-        known = TOKEN_LOSSES if self.variant == "shared" else CHUNK_LOSSES
+        known = get_args(TokenLoss) if self.variant == "shared" else tuple(CHUNK_LOSSES)
         if self._chosen.divergence not in known:
             raise ValueError(
                 f"variant {self.variant} has no divergence {self._chosen.divergence}; "
@@ -172,17 +174,17 @@ class Tide(Method):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: denoising, and distillation on the hidden chunks.
 
-        Denoising is a mean over all maskable tokens; distillation over the active chunks of the
-        micro-batch at hand, as in the published code, and counts as many tokens.
+        Denoising is a mean over all maskable tokens, distillation over the active chunks, both of
+        the optimizer step.
         """
         text = self.family.text(batch)
         answer = self.family.text(batch, reader="teacher")
         hidden = self._hide(batch, text, answer)
         state = self.family.noised(batch, hidden.t, hidden.mask)
-        logits = self.student(state, self.family.condition(batch))
-        logprobs = token_logprobs(logits, text.tokens, hidden.mask)  # [B, L]
+        prediction = self.student(state, self.family.condition(batch))
+        logprobs = token_logprob(prediction, text.tokens, mask=hidden.mask)  # [B, L]
         denoising = masked_mean(-logprobs, text.maskable, weight=1.0 / hidden.t[:, None])
-        ours = self._read(logits, logprobs, text, hidden.active)
+        ours = self._read(prediction, logprobs, text, hidden.active)
         theirs = self._judge(batch, answer, hidden)
         rows = hidden.active.nonzero()[:, 0]  # the sample of each active chunk
         error = self._error(ours, theirs, hidden.t[rows], progress)  # [K]
@@ -192,6 +194,7 @@ class Tide(Method):
             noise_weight(hidden.t, self._chosen.weight)[rows],
         )
         count = int(text.maskable.sum())
+        distillation = distillation * self._share(len(rows), count, progress)
         metrics = {
             "denoising": denoising.detach(),
             "distillation": distillation.detach(),
@@ -200,10 +203,23 @@ class Tide(Method):
             "active_chunks": hidden.active.sum() / len(hidden.t),
         }
         if self.variant != "shared":
-            clamped = chunk_clamped(ours, self.temperature)
+            clamped = chunk_clamped(prediction_rows(ours), self.temperature)
             metrics["clamp_share"] = clamped.sum() / max(len(clamped), 1)
         value = denoising + self.distillation_weight * distillation
         yield Loss("student", value, max(count, 1), metrics=metrics)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return the active chunks and the maskable tokens of a batch."""
+        text = self.family.text(batch)
+        hidden = self._hide(batch, text, self.family.text(batch, reader="teacher"))
+        return {"chunks": float(hidden.active.sum()), "tokens": float(text.maskable.sum())}
+
+    def _share(self, chunks: int, tokens: int, progress: Progress) -> float:
+        """Return what makes a mean over tokens, of which a loss is one, a mean over chunks."""
+        if not progress.counts:
+            return 1.0
+        per_token = progress.counts["chunks"] / max(progress.counts["tokens"], 1.0)
+        return chunks / max(tokens, 1) / per_token if chunks else 0.0
 
     def _hide(self, batch: Batch, text: Text, answer: Text) -> Hidden:
         """Return what is hidden: tokens at random, and all of each chunk they are in."""
@@ -219,7 +235,7 @@ class Tide(Method):
         active = touched(mask, text.chunks, count) & usable
         return Hidden(mask | tokens_of(active, text.chunks), active, t)
 
-    def _judge(self, batch: Batch, answer: Text, hidden: Hidden) -> Tensor:
+    def _judge(self, batch: Batch, answer: Text, hidden: Hidden) -> Prediction:
         """Return what the teacher makes of each active chunk, as ``_read`` does."""
         active, exposure = hidden.active, self._chosen.exposure
         with torch.no_grad():
@@ -231,33 +247,41 @@ class Tide(Method):
                 first, second = self._pass(batch, answer, hidden, halves)
             else:
                 first, second = (self._pass(batch, answer, hidden, [half])[0] for half in halves)
-            return merged(first, second, halves[1][active])
+            rows = prediction_rows(first), prediction_rows(second)
+            return with_rows(first, merged(*rows, halves[1][active]))
 
     def _pass(
         self, batch: Batch, answer: Text, hidden: Hidden, parts: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> list[Prediction]:
         """Return the teacher's reading of all active chunks while it is shown all but a part."""
         masks = [tokens_of(part, answer.chunks) for part in parts]
         t = hidden.t.repeat(len(parts))
         state = self.family.noised(batch, t, torch.cat(masks), reader="teacher")
         condition = self.family.condition(batch, reader="teacher", copies=len(parts))
+        found = self.teacher(state, condition)
         readings = []
-        for logits, mask in zip(
-            self.teacher(state, condition).chunk(len(parts)), masks, strict=True
-        ):
-            logprobs = token_logprobs(logits, answer.tokens, mask)
-            readings.append(self._read(logits, logprobs, answer, hidden.active))
+        for rows, mask in zip(prediction_rows(found).chunk(len(parts)), masks, strict=True):
+            prediction = with_rows(found, rows)
+            logprobs = torch.zeros(())  # not asked for
+            if self.variant != "shared":
+                logprobs = token_logprob(prediction, answer.tokens, mask=mask)
+            readings.append(self._read(prediction, logprobs, answer, hidden.active))
         return readings
 
-    def _read(self, logits: Tensor, logprobs: Tensor, text: Text, active: Tensor) -> Tensor:
-        """Return the log-likelihood ``[K]`` of each active chunk, or its token's logits."""
+    def _read(
+        self, prediction: Prediction, logprobs: Tensor, text: Text, active: Tensor
+    ) -> Prediction:
+        """Return the log-likelihood ``[K]`` of each active chunk, or its token's prediction."""
         count = active.shape[1]
         if self.variant != "shared":
             return chunk_sums(logprobs, text.chunks, count)[active]
         rows = active.nonzero()[:, 0]
-        return logits[rows, first_tokens(text.chunks, count)[active]]  # [K, V]
+        single = at(prediction, (rows, first_tokens(text.chunks, count)[active]))  # [K, V]
+        readers = self.family.format(), self.family.format(reader="teacher")
+        masks = {reader.mask_id for reader in readers}  # impossible to one side, so to both
+        return without(single, [mask for mask in masks if mask < vocabulary(single)])
 
-    def _error(self, ours: Tensor, theirs: Tensor, t: Tensor, progress: Progress) -> Tensor:
+    def _error(self, ours: Prediction, theirs: Prediction, t: Tensor, progress: Progress) -> Tensor:
         """Return the map ``[K]`` of how far the student is from its target."""
         rate = None
         if self._chosen.tidal != "none":
@@ -269,14 +293,19 @@ class Tide(Method):
                 axes=self._chosen.tidal,
                 growth=self.rate_growth,
             )
+        divergence = self._chosen.divergence
         if self.variant == "shared":
-            size = self.shared_vocabulary or min(ours.shape[-1], theirs.shape[-1])
-            ours, theirs = ours[:, :size], theirs[:, :size]
-            target = theirs if rate is None else tidal_logits(ours, theirs, rate[:, None])
-            return TOKEN_LOSSES[self._chosen.divergence](ours, target, self.temperature)
-        ours, theirs = (chunk_probability(x, self.temperature) for x in (ours, theirs))
-        target = theirs if rate is None else tidal_probability(ours, theirs, rate)
-        return CHUNK_LOSSES[self._chosen.divergence](ours, target)
+            kind = cast("TokenLoss", divergence)
+            size = self.shared_vocabulary or min(vocabulary(ours), vocabulary(theirs))
+            maps = token_maps(
+                ours, theirs, [kind], temperature=self.temperature, share=rate, shared=size
+            )
+            return self.temperature**2 * maps[kind]
+        student, teacher = (
+            chunk_probability(prediction_rows(x), self.temperature) for x in (ours, theirs)
+        )
+        target = teacher if rate is None else tidal_probability(student, teacher, rate)
+        return CHUNK_LOSSES[divergence](student, target)
 
     def _check_shared(self, text: Text, answer: Text, usable: Tensor) -> None:
         """Refuse pairs of tokens with two ids."""

@@ -1,0 +1,162 @@
+"""The batches of a run: its data opened, encoded, ordered, and collated while it trains."""
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from diffdistill.data.batches import make_batches, prefetched
+from diffdistill.data.cache import Encoded, EncodedDataset, Entry, Examples
+from diffdistill.data.dataset import open_dataset
+from diffdistill.data.stream import MicroBatch, Stream
+from diffdistill.data.streaming import Group, endless_texts, groups
+from diffdistill.data.texts import open_texts
+from diffdistill.distributed import Distributed
+from diffdistill.errors import UserError
+from diffdistill.pipelines.chats import Row
+from diffdistill.pipelines.text_pair import FILLERS, TextPair
+from diffdistill.session import Session
+from diffdistill.texts import Reader
+from diffdistill.types import Batch, Example
+
+
+class Feed(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+        batches: Returns this rank's batches, after a number of micro-batches that it has had.
+        encoded: The encoded images or videos; None of texts.
+    """
+
+    batches: Callable[[int], Generator[Batch]]
+    encoded: EncodedDataset | None = None
+
+    def after(self, samples: int, session: Session, distributed: Distributed) -> Generator[Batch]:
+        """Return this rank's batches, after those that ``samples`` were drawn for on all ranks."""
+        size = session.config.data.batch_size * distributed.world
+        return self.batches(math.ceil(samples / size))
+
+
+def open_feed(
+    session: Session, output: Path, distributed: Distributed, say: Callable[[str], None]
+) -> Feed:
+    """Return the data of a run; what its encoders say of it is made where it is missing.
+
+    Args:
+        session: The built run.
+        output: The run's folder.
+        distributed: The processes of the run.
+        say: Told how far encoding has come.
+
+    Raises:
+        UserError: If the data cannot be read, or does not suit the method.
+    """
+    data, pair = session.config.data, session.family
+    if isinstance(pair, TextPair) and data.streaming:
+        return _streamed(session, pair, distributed)
+    dataset = _open(session)
+    encoded = _encoded(session, dataset, output, distributed, say)
+    if isinstance(pair, TextPair) and data.packing:
+        return _packed(session, pair, encoded, distributed)
+
+    def batches(start: int) -> Generator[Batch]:
+        order = _order(session, dataset.groups, distributed, start)
+        return make_batches(encoded, session.family, order, session.draws)
+
+    return Feed(batches, None if isinstance(pair, TextPair) else encoded)
+
+
+def _open(session: Session) -> Examples:
+    data = session.config.data
+    if isinstance(session.family, TextPair):
+        return open_texts(data)
+    dataset = open_dataset(data)
+    origin = dataset.first_without_image()
+    if session.method.needs_images() and origin is not None:
+        name = session.config.method["name"]
+        raise UserError(f"{origin}: method {name} needs an image for every prompt")
+    return dataset
+
+
+def _encoded(
+    session: Session,
+    dataset: Examples,
+    output: Path,
+    distributed: Distributed,
+    say: Callable[[str], None],
+) -> EncodedDataset:
+    data = session.config.data
+    folder = Path(data.cache) if data.cache else output / "cache"
+    encoded = EncodedDataset(dataset, session.family, folder)
+    with torch.no_grad():
+        encoded.prepare(
+            distributed.rank,
+            distributed.world,
+            lambda done, total: say(f"encoded {done}/{total}"),
+        )
+    distributed.wait()
+    return encoded
+
+
+def _order(
+    session: Session, alike: Sequence[object], distributed: Distributed, start: int
+) -> Iterator[MicroBatch]:
+    data = session.config.data
+    stream = Stream(alike, data.batch_size, session.config.train.seed, repeats=data.repeats)
+    return stream.for_rank(distributed.rank, distributed.world, start)
+
+
+def _packed(
+    session: Session, pair: TextPair, encoded: EncodedDataset, distributed: Distributed
+) -> Feed:
+    """Return full rows of the texts in their order, which are then shuffled."""
+    texts = (_rows(encoded.load(Entry(index)), pair) for index in range(len(encoded)))
+    rows = [pair.tensors(row) for row in pair.packed(texts)]
+    if not rows:
+        raise UserError("there is no usable example in the data")
+
+    def make(micro: MicroBatch) -> Batch:
+        return _collated(pair, micro.ids, [rows[index] for index in micro.indices])
+
+    def batches(start: int) -> Generator[Batch]:
+        order = _order(session, [""] * len(rows), distributed, start)
+        return prefetched(order, make, pair.device)
+
+    return Feed(batches)
+
+
+def _rows(encoded: Encoded, pair: TextPair) -> dict[Reader, Row]:
+    """Return the rows of an encoded text."""
+    return {
+        reader: Row(*(encoded[f"{reader}/{name}"].tolist() for name in FILLERS))
+        for reader in pair.readers
+    }
+
+
+def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Feed:
+    """Return texts that are read and encoded as they are needed."""
+    data, rank, world = session.config.data, distributed.rank, distributed.world
+    texts = endless_texts(data, session.config.train.seed)
+
+    def encode(group: Group[Example]) -> Batch:
+        return _collated(pair, group.ids, pair.encode(group.items))
+
+    def collate(group: Group[dict[Reader, Row]]) -> Batch:
+        return _collated(pair, group.ids, [pair.tensors(row) for row in group.items])
+
+    def batches(start: int) -> Generator[Batch]:
+        where = {"rank": rank, "world": world, "start": start}
+        if data.packing:
+            rows = pair.packed(pair.rows(text) for text in texts)
+            return prefetched(groups(rows, data.batch_size, **where), collate, pair.device)
+        return prefetched(groups(texts, data.batch_size, **where), encode, pair.device)
+
+    return Feed(batches)
+
+
+def _collated(pair: TextPair, ids: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
+    batch = pair.collate(encoded)
+    numbers = torch.tensor(ids, dtype=torch.int64, device=pair.device)
+    return {**batch, "ids": numbers, "prompts": [""] * len(ids)}

@@ -1,0 +1,96 @@
+"""Trained text models as folders that transformers and peft read."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.adapters import save_lora
+from diffdistill.pipelines import loading
+from diffdistill.pipelines.exporting import check_empty, merged_state
+from diffdistill.pipelines.language import LanguageFamily
+
+
+def export_language_model(
+    family: LanguageFamily, network: nn.Module, folder: Path, *, adapter: str | None = None
+) -> Path:
+    """Write a text model for ``AutoModelForCausalLM`` and ``AutoTokenizer``; return the folder.
+
+    Its ``config.json`` says besides how it is to be called: ``is_causal`` false, ``mask_token_id``,
+    and ``block_size``, the tokens that are denoised together. The tokenizer has the mask token and
+    the chat template with which it was trained.
+
+    Args:
+        family: The model family.
+        network: The network.
+        folder: Where to write.
+        adapter: Name of the adapter to merge into the weights; None leaves all adapters out.
+
+    Raises:
+        UserError: If the base is quantized, or ``folder`` is not empty.
+    """
+    check_empty(folder)
+    state = merged_state(network, adapter, family.weights_dtype)
+    described: Any = network
+    config = type(described.config).from_dict(_plain_config(described.config))
+    config.is_causal = False
+    config.mask_token_id = family.mask_id
+    config.block_size = family.block
+    config.dtype = family.weights_dtype
+    with torch.device("meta"):
+        plain: Any = type(described)(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = described.generation_config
+    with loading.explained(f"write {folder}"):
+        plain.save_pretrained(str(folder))
+        _save_tokenizer(family, folder)
+        for code in sorted(family.folder.glob("*.py")):
+            shutil.copy(code, folder / code.name)
+    return folder
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = config.to_dict()
+    return {k: v for k, v in values.items() if k != "quantization_config"}
+
+
+def _save_tokenizer(family: LanguageFamily, folder: Path) -> None:
+    tokenizer = family.tokenizer
+    if tokenizer.mask_token is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(family.mask_id)
+    tokenizer.save_pretrained(str(folder))
+
+
+def export_language_lora(
+    family: LanguageFamily,
+    adapter: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    rank: int,
+    alpha: float,
+) -> Path:
+    """Write a LoRA for ``peft.PeftModel.from_pretrained(base, folder)``; return the folder.
+
+    The tokenizer is beside it. The base is the family's checkpoint; it is named where it is on the
+    hub, and not where it is a folder of this machine.
+
+    Args:
+        family: The model family.
+        adapter: Factors by name, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``.
+        folder: Where to write.
+        rank: Rank of the adapter.
+        alpha: The update is scaled with ``alpha / rank``.
+
+    Raises:
+        UserError: If ``folder`` is not empty.
+    """
+    check_empty(folder)
+    with loading.explained(f"write {folder}"):
+        base = None if Path(family.path).is_dir() else family.path
+        save_lora(adapter, folder, base=base, rank=rank, alpha=alpha)
+        _save_tokenizer(family, folder)
+    return folder

@@ -1,0 +1,284 @@
+"""What does a teacher of another architecture teach a block-diffusion student, and how?
+
+Goes on training the bundled student `python-bd3lm` on functions of Python's library: alone, with
+the dense teacher that shares its vocabulary (the rows of TIDE's Table 1 and the ablations of its
+Table 2), and with the mixture of experts that has a tokenizer of its own. All arms share data,
+noise, learning rate and number of steps, and are measured on files kept from training.
+
+    python scripts/reproduce/tide.py
+
+Writes results.json, figure.png and README.md to samples/tide. Each run is saved when it is done,
+and what is there already is not run again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+
+from diffdistill.bundled import bundled
+from diffdistill.checkpoints import restore, write_atomic
+from diffdistill.commands.train import train
+from diffdistill.config import load_config
+from diffdistill.data.settings import DataSettings
+from diffdistill.data.texts import open_texts
+from diffdistill.draws import Draws
+from diffdistill.evaluation.language import (
+    answering,
+    distance,
+    fitting,
+    hidden_likelihood,
+    infilling,
+    likelihood,
+)
+from diffdistill.evaluation.likelihood import MonteCarlo
+from diffdistill.evaluation.python_source import completes
+from diffdistill.pipelines.unmasking import Unmasking
+from diffdistill.roles import Role
+from diffdistill.session import Session, build, text_pair
+
+ROOT = Path(__file__).parents[2]
+SHARED, CROSS = "tide-shared/python", "tide-cross/python"
+PLAIN = ["method.tidal=none", "method.exposure=0", "method.weight=uniform"]
+
+
+class Arm(NamedTuple):
+    """One way to train: a config, and how it differs."""
+
+    config: str
+    overrides: list[str]
+
+
+ARMS = {
+    "continued": Arm(SHARED, [*PLAIN, "method.distillation_weight=0"]),
+    "forward KL": Arm(SHARED, PLAIN),
+    "reverse KL": Arm(SHARED, [*PLAIN, "method.divergence=reverse-kl"]),
+    "TIDE-Shared": Arm(SHARED, []),
+    "noise axis alone": Arm(SHARED, ["method.tidal=noise"]),
+    "training axis alone": Arm(SHARED, ["method.tidal=training"]),
+    "no CompDemo": Arm(SHARED, ["method.exposure=0"]),
+    "CALM": Arm(CROSS, ["method.divergence=calm"]),
+    "TIDE-Cross": Arm(CROSS, []),
+    "reverse binary KL": Arm(CROSS, ["method.divergence=reverse-binary-kl"]),
+    "CALM-TIDAL": Arm(CROSS, ["method.variant=calm-tidal"]),
+}
+TABLES = {
+    "Table 1: a dense teacher, one vocabulary": (
+        "continued", "forward KL", "reverse KL", "TIDE-Shared",
+    ),
+    "Table 2: ablations of TIDE-Shared": (
+        "noise axis alone", "training axis alone", "no CompDemo", "TIDE-Shared",
+    ),
+    "Table 1: a mixture of experts, another tokenizer": (
+        "continued", "CALM", "TIDE-Cross", "reverse binary KL", "CALM-TIDAL",
+    ),
+}  # fmt: skip
+SHOWN = {
+    "answers": "answers, bits per byte",
+    "texts": "texts, bits per byte",
+    "infilling": "spans filled in",
+    "infilling/tokens": "their tokens",
+    "valid": "answers that parse",
+    "length": "their length",
+    "dense": "KL to dense",
+    "moe": "chunk KL to MoE",
+}
+
+
+class World:
+    """The held-out files, and both teachers with what reads the texts for them."""
+
+    def __init__(self) -> None:
+        """Read what all readers can read as a whole."""
+        path = str(bundled("data", "python-held-out.jsonl"))
+        dataset = open_texts(DataSettings(path=path))
+        pair = text_pair(self.cross)
+        examples = [dataset[index] for index in range(len(dataset))]
+        found = fitting(examples, [pair.student, pair.teacher])
+        self.chats = [example for example in found if example.messages is not None]
+        self.texts = [example for example in found if example.messages is None]
+
+    @cached_property
+    def shared(self) -> Session:
+        """Student and dense teacher."""
+        return build(load_config(SHARED))
+
+    @cached_property
+    def cross(self) -> Session:
+        """Student and mixture of experts."""
+        return build(load_config(CROSS))
+
+    def measure(self, role: Role) -> dict[str, float]:
+        """Return what a model does with the held-out files, from the same masks for all."""
+        results: dict[str, float] = {}
+        how = MonteCarlo(num_draws=8, antithetic=True, seed=0, batch_size=32)
+        for name, shown in (("answers", self.chats), ("texts", self.texts)):
+            found = likelihood(role, shown, how)
+            results |= {name: found.bits, f"{name}/error": found.error}
+        filled = [infilling(role, self.chats, Draws(seed)) for seed in range(3)]
+        results["infilling"] = statistics.fmean(f.exact for f in filled)
+        results["infilling/tokens"] = statistics.fmean(f.tokens for f in filled)
+        exact = Unmasking(schedule="first-hitting", temperature=1.0)
+        answered = answering(role, self.chats, Draws(0), completes, unmasking=exact)
+        results |= {"valid": answered.accepted, "ended": answered.ended}
+        return results | {"length": answered.length}
+
+    def measure_student(self, role: Role) -> dict[str, float]:
+        """Return the same of a student, and how far it is from both teachers."""
+        results = self.measure(role)
+        for name, session in (("dense", self.shared), ("moe", self.cross)):
+            teacher, pair = session.roles["teacher"], text_pair(session)
+            by: Literal["token", "chunk"] = "token" if name == "dense" else "chunk"
+            results[name] = distance(pair, role, teacher, self.chats, Draws(0), by=by)
+            hidden = hidden_likelihood(pair, role, self.chats, Draws(0), reader="student")
+            results[f"{name}/hidden"] = hidden
+        return results
+
+    def measure_teacher(self, session: Session) -> dict[str, float]:
+        """Return the same of a teacher, and what it makes of what is hidden from the student."""
+        role, pair = session.roles["teacher"], text_pair(session)
+        hidden = hidden_likelihood(pair, role, self.chats, Draws(0), reader="teacher")
+        return self.measure(role) | {"hidden": hidden}
+
+
+def run(arm: Arm, seed: int, steps: int) -> dict[str, float]:
+    """Train one student and return its measurements."""
+    torch.set_num_threads(1)
+    quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
+    here = [*arm.overrides, *quiet, f"train.seed={seed}", f"train.steps={steps}"]
+    with tempfile.TemporaryDirectory() as folder:
+        train(load_config(arm.config, here), Path(folder))
+        student = restore(Path(folder)).roles["student"]
+        return World().measure_student(student)
+
+
+def collect(path: Path, seeds: int, steps: int, workers: int) -> dict[str, Any]:
+    """Run what ``path`` does not hold yet, saving after each run."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": steps}
+    if results["steps"] != steps:
+        raise SystemExit(f"{path} holds runs of {results['steps']} steps: choose another --output")
+    if "undistilled" not in results:
+        world = World()
+        results["undistilled"] = world.measure_student(world.shared.roles["student"])
+        results["dense teacher"] = world.measure_teacher(world.shared)
+        results["MoE teacher"] = world.measure_teacher(world.cross)
+        write_atomic(path, json.dumps(results, indent=1).encode())
+    missing = [
+        (name, seed)
+        for seed, name in product(range(seeds), ARMS)
+        if str(seed) not in results.setdefault(name, {})
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {
+            pool.submit(run, ARMS[name], seed, steps): (name, seed) for name, seed in missing
+        }
+        for future in as_completed(futures):
+            name, seed = futures[future]
+            results[name][str(seed)] = future.result()
+            print(name, seed, {key: future.result()[key] for key in SHOWN}, flush=True)
+            write_atomic(path, json.dumps(results, indent=1).encode())
+    return results
+
+
+def values(results: dict[str, Any], arm: str, key: str) -> list[float]:
+    """Return one number of an arm for each seed."""
+    return [found[key] for found in results[arm].values()]
+
+
+def cell(found: list[float]) -> str:
+    """Return mean and standard deviation."""
+    spread = statistics.stdev(found) if len(found) > 1 else 0.0
+    return f"{statistics.fmean(found):.3f} ± {spread:.3f}"
+
+
+def draw(results: dict[str, Any], output: Path) -> None:
+    """Write the figure: a panel for each number, a point for each arm."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    keys = [key for key in SHOWN if key not in ("infilling/tokens", "length")]
+    for panel, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
+        for place, arm in enumerate(ARMS):
+            found = values(results, arm, key)
+            spread = statistics.stdev(found) if len(found) > 1 else 0.0
+            color = f"C{[SHARED, CROSS].index(ARMS[arm].config)}" if place else "black"
+            panel.errorbar(place, statistics.fmean(found), spread, marker="o", capsize=3, c=color)
+        panel.axhline(results["undistilled"][key], color="gray", linestyle=":", linewidth=1)
+        panel.set_xticks(range(len(ARMS)), list(ARMS), rotation=90, fontsize=7)
+        panel.set_title(SHOWN[key], fontsize=9)
+    figure.savefig(output / "figure.png", dpi=110)
+
+
+def row(name: str, numbers: list[str]) -> str:
+    """Return a row of a table."""
+    return f"| {name} | {' | '.join(numbers)} |"
+
+
+def readme(results: dict[str, Any]) -> str:
+    """Return the page's tables; the reading is written by hand in reading.md."""
+    seeds = len(results["continued"])
+    lines = [
+        "# TIDE on functions of Python's library",
+        "",
+        f"Made by `python scripts/reproduce/tide.py --seeds {seeds} --steps {results['steps']}`. "
+        f"Each arm goes on from `python-bd3lm` for {results['steps']} steps; files kept from "
+        "training. Mean and standard deviation over "
+        f"{seeds} training seeds; the masks of the measurements are the same for all. Bits per "
+        "byte are bounds, whose Monte Carlo error is in results.json. KL to dense is KL(teacher || "
+        "student) of a hidden token, chunk KL to MoE the KL of the event that a hidden chunk is "
+        "the right one, both in nats. Answers are exact samples, their length is relative to that "
+        "of the right ones.",
+        "",
+        "![all arms](figure.png)",
+        "",
+        "*Dotted: the student before. Black: without a teacher. Blue: with the dense one. Orange: "
+        "with the mixture of experts.*",
+    ]
+    header = [row("", list(SHOWN.values())), "|---" * (len(SHOWN) + 1) + "|"]
+    for title, names in TABLES.items():
+        before = [f"{results['undistilled'][key]:.3f}" for key in SHOWN]
+        lines += ["", f"## {title}", "", *header, row("undistilled", before)]
+        for name in names:
+            lines.append(row(name, [cell(values(results, name, key)) for key in SHOWN]))
+    lines += ["", "## The teachers", "", *header]
+    for name in ("dense teacher", "MoE teacher"):
+        found = results[name]
+        lines.append(row(name, [f"{found[key]:.3f}" if key in found else "-" for key in SHOWN]))
+    student = results["undistilled"]
+    lines += [
+        "",
+        "On what TIDE asks, chunks hidden from both sides, in bits per byte: dense teacher "
+        f"{results['dense teacher']['hidden']:.3f}, student {student['dense/hidden']:.3f}; MoE "
+        f"teacher {results['MoE teacher']['hidden']:.3f}, student {student['moe/hidden']:.3f}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=ROOT / "samples" / "tide")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    path = arguments.output / "results.json"
+    results = collect(path, arguments.seeds, arguments.steps, arguments.workers)
+    draw(results, arguments.output)
+    reading = arguments.output / "reading.md"
+    told = reading.read_text(encoding="utf-8") if reading.exists() else ""
+    (arguments.output / "README.md").write_text(readme(results) + told, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
