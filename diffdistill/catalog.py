@@ -19,13 +19,17 @@ from diffdistill.errors import UserError
 METHODS = {
     "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
+    "confidence": "diffdistill.methods.confidence:Confidence",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
     "dmd": "diffdistill.methods.dmd:DMD",
+    "gold": "diffdistill.methods.gold:GOLD",
     "off-policy": "diffdistill.methods.off_policy:OffPolicy",
+    "sdtt": "diffdistill.methods.sdtt:SDTT",
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
     "tide": "diffdistill.methods.tide:Tide",
+    "uld": "diffdistill.methods.uld:ULD",
 }
 
 FAMILIES = {

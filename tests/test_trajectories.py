@@ -54,10 +54,17 @@ STREAMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Of methods that stream: on the tiny Wan, in fewer steps."""
 TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bd3lm": ({"student": LORA}, {"stratify": 3, "resample": True, "t_low": 0.2}),
+    "confidence": ({"student": LORA}, {"complementary": True}),
+    "gold": ({"student": LORA, "teacher": {"weights": "frozen"}}, {"beta": 0.3}),
+    "sdtt": (
+        {"student": LORA, "teacher": {"weights": "ema", "decay": 1.0}},
+        {"num_steps": 4, "last_steps": 2, "round_updates": 5},
+    ),
     "tide": (
         {"student": LORA, "teacher": {"weights": "frozen"}},
         {"variant": "calm-tidal", "distillation_weight": 2.0},
     ),
+    "uld": ({"student": LORA, "teacher": {"weights": "frozen"}}, {"pairs": "chunk"}),
 }
 """Of methods for texts: on tiny language models."""
 
