@@ -100,8 +100,8 @@ class Recipe:
 
 
 RECIPES = {
-    "student": Recipe(hidden=96, layers=4, heads=3, inner=256, ar_steps=400, diffusion_steps=900),
-    "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=700, diffusion_steps=800),
+    "student": Recipe(hidden=96, layers=4, heads=3, inner=256, ar_steps=400, diffusion_steps=800),
+    "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=700, diffusion_steps=700),
     "moe": Recipe(
         hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=700, diffusion_steps=1600
     ),
