@@ -199,7 +199,7 @@ def _adapted(family: WanStreaming, lora: Path, base: str | Path | None) -> nn.Mo
             weight_name="pytorch_lora_weights.safetensors",
             use_safetensors=True,
         )
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
