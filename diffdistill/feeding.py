@@ -17,7 +17,7 @@ from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.pipelines.chats import Row
 from diffdistill.pipelines.text_pair import FILLERS, TextPair
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 from diffdistill.texts import Reader
 from diffdistill.types import Batch, Example
 
@@ -72,12 +72,23 @@ def _open(session: Session) -> Examples:
     data = session.config.data
     if isinstance(session.family, TextPair):
         return open_texts(data)
+    if data.num_frames is not None:
+        _check_clip(session, data.num_frames)
     dataset = open_dataset(data)
     origin = dataset.first_without_image()
     if session.method.needs_images() and origin is not None:
         name = session.config.method["name"]
         raise UserError(f"{origin}: method {name} needs an image for every prompt")
     return dataset
+
+
+def _check_clip(session: Session, num_frames: int) -> None:
+    """Refuse clips that the family or the method cannot take, before they are encoded."""
+    try:
+        flow_family(session).check_clip(num_frames)
+    except UserError as error:
+        raise UserError(f"data.num_frames: {error}") from None
+    session.method.check_clip(num_frames)
 
 
 def _encoded(

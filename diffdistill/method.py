@@ -40,6 +40,13 @@ class Method(ABC):
         """Return whether every example must have an image."""
         return False
 
+    def check_clip(self, num_frames: int) -> None:  # noqa: B027 - most take any
+        """Refuse clips of so many pixel frames, and of such a family, before they are encoded.
+
+        Raises:
+            UserError: If they do not fit the method's options.
+        """
+
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 - most adapt nothing
         """Learn what a step came to: the means over all its micro-batches and ranks.
 

@@ -95,6 +95,11 @@ class StreamingFamily(Family, Protocol):
     """A video family whose student streams blocks of latent frames over a cache of its past."""
 
     block_frames: int
+    context_noise: float
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """Return the latent frames of so many pixel frames."""
+        ...
 
     def causal(
         self, condition: Condition, num_frames: int, *, clean: Tensor | None = None

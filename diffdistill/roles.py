@@ -329,7 +329,12 @@ def _loaded(name: str, chosen: RoleSettings, networks: _Networks, roles: Roles, 
 def _averaged(name: str, chosen: RoleSettings, source: Role) -> Role:
     form, family = source.settings, source.family
     chosen = replace(
-        chosen, adapter=form.adapter, rank=form.rank, alpha=form.alpha, targets=form.targets
+        chosen,
+        path=form.path,
+        adapter=form.adapter,
+        rank=form.rank,
+        alpha=form.alpha,
+        targets=form.targets,
     )
     if source.adapter is None:
         network = copy.deepcopy(source.network)

@@ -115,21 +115,30 @@ def clip_frames(session: Session) -> int | None:
     """Return the frames of a video to sample; None for images.
 
     Raises:
-        UserError: If nobody says how many.
+        UserError: If nobody says how many, or the family cannot make so many.
     """
     if not makes_videos(session):
         return None
     config = session.config
-    found = config.pictures.num_frames or config.data.num_frames
-    if found is None:
-        name = config.family["name"]
-        raise UserError(f"the family {name} makes videos: set sample.num_frames or data.num_frames")
-    return found
+    asked = {
+        "sample.num_frames (--frames)": config.pictures.num_frames,
+        "data.num_frames": config.data.num_frames,
+    }
+    for where, found in asked.items():
+        if found is not None:
+            try:
+                flow_family(session).check_clip(found)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            return found
+    name = config.family["name"]
+    raise UserError(f"the family {name} makes videos: set sample.num_frames or data.num_frames")
 
 
 def encode_prompts(session: Session, prompts: Sequence[str], size: tuple[int, int]) -> Encoded:
     """Return prompts, encoded for images or videos of ``size`` ``(H, W)`` in pixels."""
-    return encode_examples(session, [Example(prompt=prompt, size=size) for prompt in prompts])
+    examples = [Example(prompt=p, size=size, origin=f"prompt {p!r}") for p in prompts]
+    return encode_examples(session, examples)
 
 
 def encode_examples(session: Session, examples: Sequence[Example]) -> Encoded:

@@ -61,6 +61,13 @@ class FlowFamily(ModelFamily):
     def decode(self, sample: Tensor) -> Tensor:
         """Return pixels ``[B, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1] for latents."""
 
+    def check_clip(self, num_frames: int) -> None:
+        """Refuse clips of so many pixel frames that the model cannot make.
+
+        Raises:
+            UserError: If it cannot.
+        """
+
     def release(self) -> None:
         """Take encoders and decoder off the device until they are needed again."""
 

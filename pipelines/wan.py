@@ -257,6 +257,10 @@ class Wan(LatentFamily):
             )
         return 1 + (num_frames - 1) // stride
 
+    def check_clip(self, num_frames: int) -> None:
+        """Refuse clips of so many pixel frames (see ``FlowFamily.check_clip``)."""
+        self.num_latent_frames(num_frames)
+
     def num_pixel_frames(self, num_latent_frames: int) -> int:
         """Return the pixel frames of so many latent frames."""
         return 1 + (num_latent_frames - 1) * self.time_stride

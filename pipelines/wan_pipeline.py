@@ -40,13 +40,14 @@ def write_settings(
     folder: Path,
     family: WanStreaming,
     *,
+    base: str,
     num_steps: int,
     sampler: Sampler,
     size: tuple[int, int] | None,
 ) -> None:
-    """Write how a student of ``family`` streams into the folder of its weights."""
+    """Write how a student of ``family``, begun from ``base``, streams beside its weights."""
     values = {name: getattr(family, name) for name in STREAMED}
-    values |= {"num_steps": num_steps, "sampler": sampler, "size": size}
+    values |= {"base": base, "num_steps": num_steps, "sampler": sampler, "size": size}
     (folder / SETTINGS).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -82,14 +83,18 @@ class StreamingPipeline:
         path: str | Path,
         *,
         lora: str | Path | None = None,
+        base: str | Path | None = None,
         device: str | torch.device = "cpu",
         **options: Any,
     ) -> Self:
         """Return the pipeline of a folder that ``diffdistill export`` wrote.
 
         Args:
-            path: The exported pipeline; with ``lora``, the base model it was trained from.
+            path: The exported pipeline; with ``lora``, the model whose encoders and VAE it was
+                trained with (``family.path``).
             lora: The exported LoRA.
+            base: The transformer that the LoRA is put on; None is where the one is that it was
+                trained on, as the export says.
             device: Where it runs.
             options: Other options of the family ``wan-streaming``, such as ``dtype="bf16"``.
 
@@ -97,19 +102,15 @@ class StreamingPipeline:
             UserError: If a folder is missing, or does not say how its student streams.
         """
         settings = _read_settings(Path(lora or path))
-        steps, sampler, size = (settings.pop(name) for name in ("num_steps", "sampler", "size"))
+        own = ("base", "num_steps", "sampler", "size")
+        trained_on, steps, sampler, size = (settings.pop(name) for name in own)
         family = WanStreaming(
             path=str(path), device=torch.device(device), **{**settings, **options}
         )
-        network: Any = family.network()
-        if lora is not None:
-            with loading.explained(f"load the LoRA in {lora}"):
-                network.load_lora_adapter(
-                    str(lora),
-                    prefix="transformer",
-                    weight_name="pytorch_lora_weights.safetensors",
-                    use_safetensors=True,
-                )
+        if lora is None:
+            network = family.network()
+        else:
+            network = _adapted(family, Path(lora), base or trained_on)
         size = None if size is None else tuple(size)
         return cls(family, network, num_steps=steps, sampler=sampler, size=size)
 
@@ -179,6 +180,28 @@ class StreamingPipeline:
         return tuple(self.family.target_latents(example).shape)
 
 
+def _adapted(family: WanStreaming, lora: Path, base: str | Path | None) -> nn.Module:
+    """Return the transformer ``base`` with a LoRA on it.
+
+    Raises:
+        UserError: If there is no such base, or the LoRA does not fit it.
+    """
+    if base is None:
+        raise UserError(f"{lora / SETTINGS} does not say what the LoRA was trained on: give base=")
+    try:
+        network: Any = family.network(None if str(base) == family.path else str(base))
+    except UserError as error:
+        raise UserError(f"the base of {lora}: {error}; if it is elsewhere, give base=") from error
+    with loading.explained(f"load the LoRA in {lora}"):
+        network.load_lora_adapter(
+            str(lora),
+            prefix="transformer",
+            weight_name="pytorch_lora_weights.safetensors",
+            use_safetensors=True,
+        )
+    return network
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
     if not (folder / SETTINGS).is_file():
         raise UserError(
@@ -186,7 +209,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             "`diffdistill export` wrote for the family wan-streaming"
         )
     values = loading.read_config(folder, SETTINGS)
-    known = {item.name for item in fields(WanStreaming)} | {"num_steps", "sampler", "size"}
+    known = {item.name for item in fields(WanStreaming)} | {"base", "num_steps", "sampler", "size"}
     if unknown := sorted(set(values) - known):
         raise UserError(f"{folder / SETTINGS}: unknown key {unknown[0]!r}")
-    return {"size": None, **values}
+    return {"base": None, "size": None, **values}

@@ -280,11 +280,22 @@ class WanStreaming(Wan):
         """Return the cache of a stream that has not begun."""
         return Cache(self.window_frames, self.sink_frames, self.sink_decay, self.positions)
 
+    def check_clip(self, num_frames: int) -> None:
+        """Refuse clips of so many pixel frames (see ``FlowFamily.check_clip``)."""
+        latent, block = self.num_latent_frames(num_frames), self.block_frames
+        if latent % block:
+            whole = latent // block * block
+            fitting = [str(self.num_pixel_frames(n)) for n in (whole, whole + block) if n]
+            raise UserError(
+                f"{num_frames} frames are {latent} latent frames, which are not a multiple of "
+                f"family.block_frames ({block}): choose such as {' or '.join(fitting)}"
+            )
+
     def _check_frames(self, num_frames: int) -> None:
         if num_frames % self.block_frames:
             raise UserError(
                 f"{num_frames} latent frames are not a multiple of family.block_frames "
-                f"({self.block_frames}); change data.num_frames"
+                f"({self.block_frames})"
             )
 
 
@@ -326,7 +337,10 @@ class BlockSampler:
         state = State(clip, _level(clip, 0.0))
         if level:
             if self.renoise is None:
-                raise UserError("family.context_noise needs method.sampler: renoise")
+                raise UserError(
+                    "family.context_noise noises the past, which a model sampled with Euler steps "
+                    "does not: it needs a student trained with method.sampler: renoise"
+                )
             noise = self.renoise(cache.start // self.family.block_frames, CONTEXT)
             state = self.family.noise(clip, _level(clip, level), noise)
         self.student(state, {**condition, "view": view})

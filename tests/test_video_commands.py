@@ -20,6 +20,7 @@ from diffdistill.checkpoints import restore
 from diffdistill.commands.evaluate import evaluate
 from diffdistill.commands.sample import sample
 from diffdistill.commands.stream import stream_video
+from diffdistill.commands.train import train
 from diffdistill.config import parse_config
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
@@ -29,6 +30,7 @@ from diffdistill.evaluation.vbench import file_name
 from diffdistill.evaluation.video import digits_of, make_scene
 from diffdistill.pipelines.switching import block_of, switched
 from diffdistill.pipelines.wan_pipeline import StreamingPipeline
+from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.report.build import build_report
 from diffdistill.sampling import Encoded, Guided, encode_prompts, generate, inference
 from diffdistill.session import Session, build
@@ -37,6 +39,7 @@ from diffdistill.tracking import TensorBoard
 from diffdistill.types import State
 from tests import tiny
 from tests.conftest import CPU, disturb
+from tests.tiny_streams import stream_values
 from tests.toy_run import make_data, toy_values
 
 FRAMES = 21
@@ -338,6 +341,66 @@ def test_videos_need_a_number_of_frames(run: Path) -> None:
         sample(str(run), prompts=["a"], size=(32, 32), overrides=overrides)
     with pytest.raises(UserError, match=r"name a \.gif or \.mp4 file"):
         sample(str(run), prompts=["a"], size=(32, 32), output=run / "grid.png")
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (30, r"^sample\.num_frames \(--frames\): 30 frames: .* such as 29 or 33"),
+        (17, r"^sample\.num_frames \(--frames\): 17 frames are 5 latent .* such as 13 or 21"),
+        (1, r"1 frames are 1 latent frames, .*: choose such as 5"),
+    ],
+)
+def test_a_number_of_frames_that_does_not_fit_is_laid_to_who_gave_it(
+    run: Path, frames: int, message: str
+) -> None:
+    overrides = [f"sample.num_frames={frames}"]
+    with pytest.raises(UserError, match=message):
+        sample(str(run), prompts=["a"], size=(32, 32), overrides=overrides)
+
+
+def test_a_size_that_does_not_fit_names_the_prompt(run: Path) -> None:
+    with pytest.raises(UserError, match=r"^prompt 'a cat': a video of \(8, 8\) pixels"):
+        sample(str(run), prompts=["a cat"], size=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        (
+            "self-forcing",
+            {"data": {"num_frames": 17}},
+            r"^data\.num_frames: 17 frames are 5 latent",
+        ),
+        (
+            "self-forcing",
+            {"method": {"rollout_frames": 9}},
+            r"rollout_frames 9 must be the clip's 6",
+        ),
+        (
+            "self-forcing",
+            {"method": {"sampler": "euler"}, "family": {"context_noise": 0.1}},
+            r"context_noise needs method\.sampler: renoise",
+        ),
+        ("causal-init", {"family": {"context_noise": 0.1}}, "causal-init has no noised past"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_the_data_is_encoded(
+    method: str,
+    change: dict[str, dict[str, Any]],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = stream_values(tmp_path, method)
+    if method == "causal-init":
+        values["method"].pop("student_every")
+        values["roles"].pop("critic")
+    for section, options in change.items():
+        values[section] |= options
+    monkeypatch.setattr(WanStreaming, "encode", lambda *_, **__: pytest.fail("was encoded"))
+    with pytest.raises(UserError, match=message):
+        train(parse_config(values), tmp_path / "run")
 
 
 def by_hand(session: Session, name: str, seed: int, frames: int, steps: int) -> dict[str, float]:

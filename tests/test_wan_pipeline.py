@@ -15,6 +15,7 @@ from diffdistill.panel import Deferred
 from diffdistill.pipelines.switching import block_of
 from diffdistill.pipelines.wan_pipeline import SETTINGS, StreamingPipeline
 from diffdistill.session import build
+from tests import tiny
 from tests.tiny_streams import stream_values
 
 SIZE = (32, 32)
@@ -73,6 +74,29 @@ def test_the_exported_lora_makes_the_same_frames_as_the_merged_student(
     untrained = first_blocks(StreamingPipeline.from_pretrained(base), 2)
     (base / SETTINGS).unlink()
     assert not torch.allclose(untrained, frames[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("role", ["student", "average"])
+def test_an_exported_lora_is_put_on_the_transformer_that_it_was_trained_on(
+    role: str, tmp_path: Path
+) -> None:
+    values = stream_values(tmp_path, steps=1, lr=0.3, ema=0.5)
+    causal = tiny.save_wan(tmp_path / "causal", seed=7) / "transformer"
+    values["roles"]["student"]["path"] = str(causal)
+    train(parse_config(values), tmp_path / "run")
+    lora = export(tmp_path / "run", tmp_path / "lora", layout="lora", role=role).parent
+    merged = export(tmp_path / "run", tmp_path / "merged", layout="pipeline", role=role)
+    base = tmp_path / "wan"
+    expected = first_blocks(StreamingPipeline.from_pretrained(merged), 2)
+    found = first_blocks(StreamingPipeline.from_pretrained(base, lora=lora), 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    other = StreamingPipeline.from_pretrained(base, lora=lora, base=base)
+    assert not torch.allclose(first_blocks(other, 2), expected, atol=1e-3)
+    moved = causal.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"the base of .*causal.*; if it is elsewhere, give base="):
+        StreamingPipeline.from_pretrained(base, lora=lora)
+    pipe = StreamingPipeline.from_pretrained(base, lora=lora, base=moved)
+    assert torch.equal(first_blocks(pipe, 2), found)
 
 
 def test_so_many_frames_as_asked_for(exported: Path) -> None:

@@ -71,15 +71,16 @@ def export(
         raise UserError(f"layout 'model' is for text models, not for {name}")
     written = _write(family, known_roles[role], output, layout)
     if isinstance(family, WanStreaming):
-        _say_how_it_streams(session, family, written)
+        _say_how_it_streams(session, family, known_roles[role], written)
     return written
 
 
-def _say_how_it_streams(session: Session, family: WanStreaming, written: Path) -> None:
+def _say_how_it_streams(session: Session, family: WanStreaming, role: Role, written: Path) -> None:
     method = session.config.method
     write_settings(
         written if written.is_dir() else written.parent,
         family,
+        base=role.settings.path or family.path,
         num_steps=int(method.get("num_steps", session.config.pictures.num_steps)),
         sampler=method.get("sampler", "euler"),
         size=session.config.data.size or session.config.pictures.size,

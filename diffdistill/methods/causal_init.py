@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffdistill.divergences import masked_mean, mse
 from diffdistill.draws import Draws
+from diffdistill.errors import UserError
 from diffdistill.method import Method
 from diffdistill.protocols import Model, StreamingFamily
 from diffdistill.readouts import GuidanceForm, clean_of, guided
@@ -61,6 +62,18 @@ class CausalInit(Method):
     def needs_images(self) -> bool:
         """Return whether there must be videos to learn from."""
         return self.mode != "ode"
+
+    def check_clip(self, num_frames: int) -> None:
+        """Refuse a noised past, which neither its losses nor its samples have.
+
+        Raises:
+            UserError: If ``family.context_noise`` is not 0.
+        """
+        if self.family.context_noise:
+            raise UserError(
+                "family.context_noise: causal-init has no noised past; set it to 0 here, and for "
+                "the method that goes on from its student"
+            )
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield the student's loss, or one for each use of a trajectory."""

@@ -62,6 +62,12 @@ class SelfForcing(DMD):
     rollout_frames: int | None = None
     reencode: bool = True
 
+    def check_clip(self, num_frames: int) -> None:
+        """Refuse clips that the longest stream does not fit (see ``Method.check_clip``)."""
+        self._longest(self.family.num_latent_frames(num_frames))
+        if self.family.context_noise and self.sampler != "renoise":
+            raise UserError("family.context_noise needs method.sampler: renoise")
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield the student's losses when it is its turn, and the critic's when it is its."""
         prompt = self.family.condition(batch)
@@ -101,7 +107,13 @@ class SelfForcing(DMD):
         )
 
     def _stream_frames(self, clip: int, step: int) -> int:
-        """Return the length of this step's stream: a multiple of the block, the same on all ranks.
+        """Return the length of this step's stream, in whole blocks; the same on all ranks."""
+        block = self.family.block_frames
+        choices = (self._longest(clip) - clip) // block + 1
+        return clip + block * self.draws.integer("frames", step, choices)
+
+    def _longest(self, clip: int) -> int:
+        """Return the latent frames of the longest stream.
 
         Raises:
             UserError: If the longest stream does not fit the clip and the blocks.
@@ -117,7 +129,7 @@ class SelfForcing(DMD):
             raise UserError(
                 "method.reencode leaves a clip of one block nothing to learn: set it to false"
             )
-        return clip + block * self.draws.integer("frames", step, (longest - clip) // block + 1)
+        return longest
 
     def _exits(self, blocks: int, step: int) -> list[int]:
         """Return the step that each block is scored at; the same on all ranks."""
