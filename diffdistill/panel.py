@@ -36,9 +36,11 @@ class Deferred:
         """Return the z-scores of raw scores."""
         return self.loaded.normalized(scores)
 
-    def saliency(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    def saliency(
+        self, pixels: Tensor, prompts: Sequence[str], *, micro_batch: int = 1
+    ) -> Mapping[str, Tensor]:
         """Return the saliency of all axes."""
-        return self.loaded.saliency(pixels, prompts)
+        return self.loaded.saliency(pixels, prompts, micro_batch=micro_batch)
 
     def judge(self, pixels: Tensor, prompts: Sequence[str], **options: Any) -> Judgment:
         """Return the judgment."""
@@ -73,9 +75,13 @@ class Panel:
             for member in self.members
         )
 
-    def saliency(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    def saliency(
+        self, pixels: Tensor, prompts: Sequence[str], *, micro_batch: int = 1
+    ) -> Mapping[str, Tensor]:
         """Return the saliency of all axes, each on the cells of its member."""
-        return _merged(member.saliency(pixels, prompts) for member in self.members)
+        return _merged(
+            member.saliency(pixels, prompts, micro_batch=micro_batch) for member in self.members
+        )
 
     def judge(
         self,

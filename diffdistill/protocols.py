@@ -170,7 +170,9 @@ class Reward(Protocol):
         """Return the z-scores of raw scores."""
         ...
 
-    def saliency(self, pixels: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    def saliency(
+        self, pixels: Tensor, prompts: Sequence[str], *, micro_batch: int = 1
+    ) -> Mapping[str, Tensor]:
         """Return how sensitive each raw score is to each place, ``[B, T', H', W']``."""
         ...
 

@@ -71,12 +71,15 @@ class Reward(ABC):
         """Return the z-scores ``(raw - mean) / std`` of raw scores ``[B]``."""
         return {a: (s - self.statistics[a][0]) / self.statistics[a][1] for a, s in scores.items()}
 
-    def saliency(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def saliency(
+        self, pixels: Tensor, prompts: Sequence[str], *, micro_batch: int = 1
+    ) -> Mapping[str, Tensor]:
         """Return how sensitive the raw score of each axis is to each place, ``[B, T', H', W']``.
 
-        The norm over channels of the gradient in ``seen``, by default one pixel a place.
+        The norm over channels of the gradient in ``seen``, by default one pixel a place. One
+        micro-batch's graph is alive at a time.
         """
-        return self._judged(as_video(pixels), prompts, self.axes)[1]
+        return self.judge(pixels, prompts, micro_batch=micro_batch).saliency
 
     def judge(
         self,

@@ -112,13 +112,23 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         for network in roles.networks():
             enable_checkpointing(network)
     if config.train.compile:
-        if any(role.head is not None for role in roles.by_name.values()):
-            raise UserError("train.compile cannot be combined with a role's head: true")
+        _check_compilable(family, roles)
         for network in roles.networks():  # of language models, what is called
             getattr(network, "base_model", network).compile()
     read = _read_by(config, family, others)
     method = _wire(config, read, roles, draws)
     return Session(config, read, roles, method, draws, device)
+
+
+def _check_compilable(family: ModelFamily, roles: Roles) -> None:
+    """Refuse to compile what torch cannot, or would compile anew for every block."""
+    if any(role.head is not None for role in roles.by_name.values()):
+        raise UserError("train.compile cannot be combined with a role's head: true")
+    if getattr(family, "positions", None) == "absolute":
+        raise UserError(
+            "train.compile would compile each block of a stream anew, as its positions are new: "
+            "set family.positions: relative, or train.compile: false"
+        )
 
 
 def _other_families(

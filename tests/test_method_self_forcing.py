@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffdistill.config import parse_config
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.methods.dmd import DMD
@@ -15,10 +16,11 @@ from diffdistill.methods.self_forcing import SelfForcing
 from diffdistill.pipelines.streaming import cached_frames, next_block
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.readouts import clean_of
+from diffdistill.session import build
 from diffdistill.types import Condition, Loss, Progress, State
 from tests import tiny
-from tests.conftest import START, Spy, clear, randn, rows_of
-from tests.tiny_streams import CLIP, Exact, make_family, stream_batch
+from tests.conftest import CPU, START, Spy, clear, randn, rows_of
+from tests.tiny_streams import CLIP, Exact, make_family, stream_batch, stream_values
 
 CRITIC_TURN = Progress(1, 100)
 
@@ -279,6 +281,20 @@ def test_a_stream_that_does_not_fit_is_refused(
     method = make_method(family, players, rollout_frames=frames)
     with pytest.raises(UserError, match=problem):
         next(iter(method.losses(stream_batch(1), START)))
+
+
+def test_a_stream_of_absolute_positions_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    values = stream_values(tmp_path, compile=True)
+    with pytest.raises(UserError, match=r"set family\.positions: relative"):
+        build(parse_config(values), CPU)
+    assert not compiled
+    values["family"]["positions"] = "relative"
+    build(parse_config(values), CPU)
+    assert compiled
 
 
 def test_a_long_stream_of_one_block_clips_has_nothing_to_learn(

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
@@ -156,6 +157,92 @@ def test_the_weaker_axis_gets_more_of_the_saliency(
     alone = make_method(family, players, beta=0.0, axes=["left"], time_strength=0.0)
     expected, _ = alone._weigh(batch, batch["latents"])
     torch.testing.assert_close(weight[:, :, 1:], expected[:, :, 1:], rtol=1e-3, atol=1e-3)
+
+
+UNEVEN = {"left": (2.0, 1.0)}
+"""Statistics by which the left half is the weaker axis."""
+FLOOR = 0.15
+"""The smallest weight of a place, by default."""
+
+
+def over_the_whole_clip(fused: Tensor) -> Tensor:
+    """The weights ``[B, 1, F, h, w]`` of ``joint`` saliency, in plain formulas."""
+    low, high = (fused.flatten(1).aminmax(dim=1)[i].view(-1, 1, 1, 1) for i in (0, 1))
+    weight = ((fused - low) / (high - low)).clamp(min=FLOOR)
+    return (weight / weight.mean(dim=(1, 2, 3), keepdim=True))[:, None]
+
+
+def exact_in_time(saliency: Tensor) -> Tensor:
+    """Saliency ``[B, 21, 32, 32]`` on 6 x 4 x 4 latents: frame 0, then means of four frames."""
+    groups = saliency[:, 1:].unflatten(1, (CLIP - 1, 4)).mean(dim=2)
+    frames = torch.cat([saliency[:, :1], groups], dim=1)
+    return interpolate(frames, (4, 4), mode="bilinear", antialias=True)
+
+
+def trilinear(saliency: Tensor) -> Tensor:
+    """Saliency ``[B, 21, 32, 32]`` on 6 x 4 x 4 latents, as one volume."""
+    return interpolate(saliency[:, None], (CLIP, 4, 4), mode="trilinear")[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("time_map", "on_latents"), [("exact", exact_in_time), ("interpolate", trilinear)]
+)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_joint_saliency_of_any_time_map_and_temperature_is_its_formula(
+    family: WanStreaming,
+    players: dict[str, Exact],
+    time_map: Any,
+    on_latents: Callable[[Tensor], Tensor],
+    temperature: float,
+) -> None:
+    reward = Brightness(device=CPU, statistics=UNEVEN)
+    options: dict[str, Any] = {"time_map": time_map, "temperature": temperature}
+    method = make_method(family, players, reward, beta=0.0, saliency="joint", **options)
+    batch = stream_batch(2)
+    weight, _ = method._weigh(batch, batch["latents"])
+    judged = reward.judge(family.decode(batch["latents"]), batch["prompts"])
+    scores = torch.stack([judged.scores[axis] for axis in reward.axes])
+    shares = (-scores / temperature).softmax(dim=0)[..., None, None, None]
+    maps = torch.stack([on_latents(judged.saliency[axis]) for axis in reward.axes])
+    torch.testing.assert_close(weight, over_the_whole_clip((shares * maps).sum(dim=0)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"saliency": "factored"}, {"time_map": "interpolate"}, {"temperature": 4.0}],
+)
+def test_the_options_of_the_saliency_matter(
+    family: WanStreaming, players: dict[str, Exact], options: dict[str, Any]
+) -> None:
+    reward, batch = Brightness(device=CPU, statistics=UNEVEN), stream_batch(2)
+    weights = [
+        make_method(family, players, reward, **{"saliency": "joint", **more})._weigh(
+            batch, batch["latents"]
+        )[0]
+        for more in ({}, options)
+    ]
+    assert (weights[0] / weights[1] - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("reward_batch", "sizes"), [(1, [1, 1, 1]), (2, [2, 1])])
+def test_the_reward_judges_so_many_clips_at_a_time(
+    family: WanStreaming, players: dict[str, Exact], reward_batch: int, sizes: list[int]
+) -> None:
+    reward, batch = Brightness(device=CPU), stream_batch(3)
+    expected, _ = make_method(family, players, reward, reward_batch=3)._weigh(
+        batch, batch["latents"]
+    )
+    score, asked = reward.score, list[int]()
+
+    def spied(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        asked.append(len(pixels))
+        return score(pixels, prompts)
+
+    reward.score = spied  # type: ignore[method-assign]
+    method = make_method(family, players, reward, reward_batch=reward_batch)
+    weight, _ = method._weigh(batch, batch["latents"])
+    assert asked == sizes
+    torch.testing.assert_close(weight, expected)
 
 
 def test_reward_forcing_is_one_axis_without_saliency(

@@ -88,6 +88,23 @@ def test_statistics_of_no_axis_or_without_spread_are_an_error(
         Quadratic(device=CPU, statistics=statistics)
 
 
+@pytest.mark.parametrize(("micro_batch", "sizes"), [(1, [1, 1, 1]), (2, [2, 1]), (3, [3])])
+def test_the_saliency_is_taken_in_micro_batches(micro_batch: int, sizes: list[int]) -> None:
+    reward = Quadratic(device=CPU)
+    whole = reward.saliency(videos(), PROMPTS, micro_batch=3)
+    score, asked = reward.score, list[int]()
+
+    def spied(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        asked.append(len(pixels))
+        return score(pixels, prompts)
+
+    reward.score = spied  # type: ignore[method-assign]
+    found = reward.saliency(videos(), PROMPTS, micro_batch=micro_batch)
+    assert asked == sizes
+    for axis in reward.axes:
+        torch.testing.assert_close(found[axis], whole[axis])
+
+
 def test_the_saliency_is_the_norm_over_channels_of_the_raw_scores_gradient() -> None:
     reward = Quadratic(device=CPU, statistics={"contrast": (2.0, 4.0)})
     pixels = videos()

@@ -38,7 +38,8 @@ class CausalInit(Method):
         num_steps: Steps of the student, whose noise levels ``ode`` trains at.
         shift: Shift of the noise levels of the two forcing modes; 5 in Self-Forcing's configs.
         num_teacher_steps: Euler steps of a teacher trajectory; 48 in CausVid.
-        guidance: Classifier-free guidance of the teacher.
+        guidance: Classifier-free guidance of the teacher. 4 is for the form ``standard``; with
+            ``guidance_form: extra`` the same is 3.
         guidance_form: ``standard`` (1 = none) or ``extra`` (0 = none).
         num_uses: Losses made of each trajectory, at fresh noise levels; a trajectory costs far
             more than a loss.

@@ -38,8 +38,12 @@ class SelfForcing(DMD):
     """Match the distribution of a bidirectional teacher with a student that streams.
 
     Attributes:
+        guidance: Classifier-free guidance of the teacher. 4 is for the form ``standard``: it is
+            Self-Forcing's 3.0 in its form ``extra``. With ``guidance_form: extra`` set 3, for
+            there 4 is the standard form's 5.
         exits: Whether all blocks of a stream exit at the same random step (``shared``;
-            Self-Forcing's default) or each at its own (``per-block``).
+            Self-Forcing's default) or each at its own (``per-block``). Without effect where
+            ``exit`` is ``last``.
         backward: ``block`` streams without a graph and then repeats each block's last call to
             back-propagate its part, so that one block's graph is alive at a time. ``whole``
             keeps the graph of all blocks. The gradients are the same, because the cached past
@@ -49,7 +53,8 @@ class SelfForcing(DMD):
             clip's and this, and its last clip is scored. None streams one clip.
         reencode: Where the scored clip is not the beginning: encode its first frame anew from
             its pixels, as the first frame of a video is encoded (Self-Forcing), and let the
-            student learn nothing from its first block.
+            student learn nothing from its first block. Without effect where
+            ``rollout_frames`` is None, since every scored clip is then the beginning.
     """
 
     streams: ClassVar = True
