@@ -692,8 +692,13 @@ from diffusers import WanPipeline
 
 pipeline = WanPipeline.from_pretrained("samples/models/moving-digits")
 video = pipeline(
-    "a seven moving right, fast", height=16, width=16, num_frames=17, num_inference_steps=32,
-    guidance_scale={guidance}, max_sequence_length={max_length},
+    "a seven moving right, fast",
+    height=16,
+    width=16,
+    num_frames=17,
+    num_inference_steps=32,
+    guidance_scale={guidance},
+    max_sequence_length={max_length},
 ).frames[0]
 ```
 
