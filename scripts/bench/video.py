@@ -8,6 +8,7 @@ Weights are random. Writes samples/bench/video.json (or video-NAME.json), with w
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,9 @@ from diffdistill.estimates import nbytes, saved_tensors
 from diffdistill.pipelines.streaming import View, block_causal, cached_frames, next_block
 from diffdistill.readouts import clean
 from diffdistill.rewarding import Reward
-from diffdistill.session import Session, build
+from diffdistill.sampling import Encoded, inference
+from diffdistill.session import Session, build, flow_family
+from diffdistill.streams import Timing, stream, timed
 from diffdistill.trainer import Trainer
 from diffdistill.types import Batch, Progress, State
 
@@ -208,12 +211,77 @@ def bare_calls(session: Session, batch: Batch, exit_step: int) -> Callable[[], N
     return task
 
 
-def peak_bytes(session: Session, batch: Batch) -> dict[str, int]:
+def trainer_of(session: Session, batch: Batch) -> Trainer:
+    """Return a trainer that is fed the same batch again and again."""
+    return Trainer(session, iter(repeat(batch)), Distributed())
+
+
+def part_seconds(session: Session, batch: Batch, rounds: int) -> dict[str, float]:
+    """Return the median seconds of each kind of call that a step is made of, on a whole clip.
+
+    Of the student one block of its stream without a past, with and without the backward pass.
+    """
+    family: Any = session.family
+    roles = session.roles
+    condition, latents = family.condition(batch), batch["latents"]
+
+    def state_of(x: Tensor) -> State:
+        return State(x, torch.full((len(x),), 0.5, device=x.device))
+
+    def block() -> Tensor:
+        told = {**condition, "view": next_block(family.cache(), BLOCK)}
+        return clean(roles["student"], state_of(latents[:, :, :BLOCK]), told)
+
+    def critic() -> Tensor:
+        return clean(roles["critic"], state_of(latents), condition)
+
+    def teacher() -> Tensor:
+        return clean(roles["teacher"], state_of(latents), condition)
+
+    def learned(call: Callable[[], Tensor]) -> None:
+        call().square().mean().backward()
+        for role in roles.trained():
+            for parameter in role.parameters().values():
+                parameter.grad = None
+
+    tasks: dict[str, Callable[[], object]] = {
+        "student_block": torch.no_grad()(block),
+        "student_block_with_backward": lambda: learned(block),
+        "critic": torch.no_grad()(critic),
+        "critic_with_backward": lambda: learned(critic),
+        "teacher": torch.no_grad()(teacher),
+    }
+    found = {name: median_seconds(task, rounds) for name, task in tasks.items()}
+    with family.using("vae"):
+        found["decode"] = median_seconds(lambda: family.decode(latents), rounds)
+    return found
+
+
+def median_seconds(task: Callable[[], object], rounds: int) -> float:
+    """Return the median time of a task after one run that is not timed."""
+    task()
+    return statistics.median(seconds(task) for _ in range(rounds))
+
+
+def streamed(session: Session, batch: Batch) -> dict[str, float]:
+    """Return how fast a stream of a clip's length is made and decoded, after a first one."""
+    item = {key: batch[key][0] for key in ("text", "negative", "latents")}
+    prompts, blocks = Encoded(["-"], [item]), batch["latents"].shape[2] // BLOCK
+    for _ in range(2):
+        timing = Timing()
+        with inference(session), flow_family(session).using("vae"):
+            made = stream(session, session.roles["student"], prompts, num_steps=4, seed=0)
+            for _ in islice(timed(made, session.device, timing), blocks):
+                pass
+    return {"seconds_to_first_frame": timing.first, "frames_per_second": timing.fps}
+
+
+def peak_bytes(trainer: Trainer, batch: Batch) -> dict[str, int]:
     """Return what the student's losses of a step hold at most, in bytes.
 
     Saved tensors of the graph, or everything allocated on CUDA; and the cached keys and values.
     """
-    trainer = Trainer(session, iter(repeat(batch)), Distributed())
+    session = trainer.session
     if torch.cuda.is_available():
         trainer.train_step()
         torch.cuda.reset_peak_memory_stats()
@@ -245,8 +313,9 @@ def memory(folder: Path, name: str) -> dict[str, Any]:
         method = {"name": "self-forcing", "backward": backward, "exit": "last", "num_steps": 1}
         session = session_of(folder, name, {**method, "student_every": 1})
         found[backward] = {
-            str(frames): peak_bytes(session, batch_of(session, name, frames))
+            str(frames): peak_bytes(trainer_of(session, batch), batch)
             for frames in (3, 9, 21)
+            for batch in [batch_of(session, name, frames)]
         }
     for backward, peaks in found.copy().items():
         totals = {frames: sum(parts.values()) for frames, parts in peaks.items()}
@@ -257,25 +326,31 @@ def memory(folder: Path, name: str) -> dict[str, Any]:
 
 
 def steps(folder: Path, name: str, teacher: Path | None, rounds: int) -> dict[str, Any]:
-    """Return the cost of training steps over their bare calls, and of the reward."""
+    """Return the cost of training steps over their bare calls, its parts, and the reward's.
+
+    The two methods are measured in turn, so that one session is in memory at a time.
+    """
     options = {"exit": "last", "num_steps": 4, "student_every": 1}
     session = session_of(folder, name, {"name": "self-forcing", **options}, teacher)
     batch = batch_of(session, name)
-    trainer = Trainer(session, iter(repeat(batch)), Distributed())
+    trainer = trainer_of(session, batch)
     step, bare, ratio = paired(trainer.train_step, bare_calls(session, batch, 3), rounds)
     results: dict[str, Any] = {
         "self_forcing_seconds_per_step": step,
         "bare_calls_seconds": bare,
         "overhead_ratio": ratio,
+        "seconds_by_part": part_seconds(session, batch, rounds),
+        "stream": streamed(session, batch),
         **streaming(session, batch),
+        "peak_bytes": peak_bytes(trainer, batch),
     }
-    if name != "small":
-        results["peak_bytes"] = peak_bytes(session, batch)
+    plain = median_seconds(trainer.train_step, rounds)
     del session, trainer
+    gc.collect()  # a trainer and its session are a cycle
     rewarded = session_of(folder, name, {"name": "stream-r1", **options}, teacher)
-    plain = session_of(folder, name, {"name": "self-forcing", **options}, teacher)
-    tasks = [Trainer(s, iter(repeat(batch)), Distributed()).train_step for s in (rewarded, plain)]
-    *_, results["stream_r1_over_self_forcing"] = paired(*tasks, rounds)
+    with_reward = median_seconds(trainer_of(rewarded, batch).train_step, rounds)
+    results["stream_r1_seconds_per_step"] = with_reward
+    results["stream_r1_over_self_forcing"] = with_reward / plain
     return results
 
 
@@ -298,6 +373,7 @@ def main() -> None:
         results = steps(folder, name, teacher, rounds=9 if name == "small" else 3)
         if name == "small":
             results["memory"] = memory(folder, name)
+            results["full"] = "not run"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results["ran_on"] = f"{device}, {platform.machine()}, torch {torch.__version__}"
     results["threads"] = torch.get_num_threads()
