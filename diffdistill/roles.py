@@ -230,8 +230,10 @@ class Roles:
         """Move every average of the role ``updated`` towards it, after so many of its updates."""
         for role in self.by_name.values():
             if role.settings.weights == "ema" and role.settings.of == updated:
-                source = self[updated].parameters()
                 share = 1.0 if updates <= role.settings.start else 1.0 - role.settings.decay
+                if share == 0.0:
+                    continue  # decay 1: it is renewed or stays (see ``Method.renewals``)
+                source = self[updated].parameters()
                 for name, parameter in role.parameters().items():
                     parameter.lerp_(source[name].to(parameter.dtype), share)
 

@@ -46,10 +46,12 @@ class Chat(NamedTuple):
     """A chat as one side writes it.
 
     Attributes:
+        messages: What it is made of.
         spelling: The whole text.
         contents: The bytes of what each message says, in order.
     """
 
+    messages: Messages
     spelling: Spelling
     contents: tuple[Span, ...]
 
@@ -104,44 +106,46 @@ def read_chat(speller: Speller, messages: Messages) -> Chat:
     text = template_text(speller.tokenizer, messages)
     spans = content_spans(speller.tokenizer, messages, text)
     contents = [(len(text[:a].encode()), len(text[:b].encode())) for a, b in spans]
-    return Chat(speller(text), tuple(contents))
+    return Chat(messages, speller(text), tuple(contents))
 
 
-def chat_row(
-    speller: Speller, messages: Messages, *, turns: Turns = "all", end_of_turn: bool = True
-) -> Row:
+def merges_answer(chat: Chat, *, turns: Turns = "all") -> bool:
+    """Return whether a token spells the end of a prompt and the start of a learned answer.
+
+    Such a token is no part of the answer in training, and is not there in sampling, where the
+    prompt ends before the answer.
+    """
+    spans = [chat.contents[index] for index in _answers(chat.messages, turns)]
+    starts = [start for start, stop in spans if start < stop]
+    return any(a < start < b for start in starts for a, b in chat.spelling.spans)
+
+
+def chat_row(chat: Chat, *, turns: Turns = "all", end_of_turn: bool = True) -> Row:
     """Return a chat as tokens; the assistant's are maskable.
 
     Args:
-        speller: Of the tokenizer, with its chat template.
-        messages: The chat.
+        chat: The chat (see ``read_chat``).
         turns: Whether ``all`` answers are learned or the ``last`` alone.
         end_of_turn: Whether the marker that ends an answer is learned too; without it a model
             does not learn to stop. Markers are never aligned.
     """
-    chat = read_chat(speller, messages)
-    answers = _answers(messages, turns)
+    answers = _answers(chat.messages, turns)
     size = len(chat.spelling.tokens)
     return _row(chat, answers, [-1] * size, end_of_turn)
 
 
 def chat_rows(
-    student: Speller,
-    teacher: Speller,
-    messages: Messages,
-    *,
-    turns: Turns = "all",
-    end_of_turn: bool = True,
+    student: Chat, teacher: Chat, *, turns: Turns = "all", end_of_turn: bool = True
 ) -> tuple[Row, Row]:
-    """Return a chat as the student's and the teacher's tokens, with common chunks in the answers.
+    """Return a chat as either side reads it as tokens, with common chunks in the answers.
 
     Where one template strips a content and the other does not, only the stripped is common.
     """
-    sides = [read_chat(speller, messages) for speller in (student, teacher)]
-    answers = _answers(messages, turns)
+    sides = student, teacher
+    answers = _answers(student.messages, turns)
     where = []
     for index in answers:
-        content = messages[index]["content"]
+        content = student.messages[index]["content"]
         first, second = (side.contents[index] for side in sides)
         if first[1] - first[0] != second[1] - second[0]:
             first, second = (_stripped(content, span) for span in (first, second))

@@ -24,7 +24,7 @@ from diffdistill.pipelines import loading, remote_code
 from diffdistill.pipelines.answers import AnswerSampler
 from diffdistill.pipelines.block_diffusion import SPARSE_TILE, Attention
 from diffdistill.pipelines.byte_spans import Speller
-from diffdistill.pipelines.chats import Row, chat_row
+from diffdistill.pipelines.chats import Row, chat_row, read_chat
 from diffdistill.pipelines.loading import DtypeName
 from diffdistill.pipelines.model_family import ModelFamily
 from diffdistill.projection import Projection, without
@@ -244,7 +244,7 @@ class LanguageFamily(ModelFamily):
         if self.tokenizer.chat_template is None:
             return [self.eos_id]
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        row = chat_row(self.speller, turn, turns="last")
+        row = chat_row(read_chat(self.speller, turn), turns="last")
         learned = [t for t, kept in zip(row.tokens, row.maskable, strict=True) if kept]
         ends = [t for t in learned if t in self.tokenizer.all_special_ids]
         return list(dict.fromkeys([self.eos_id, *ends]))

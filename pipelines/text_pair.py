@@ -15,14 +15,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines.chats import (
+    Chat,
+    Messages,
     Row,
     Turns,
     chat_row,
     chat_rows,
     cut_pair,
     joined,
+    merges_answer,
     pack,
     pack_pairs,
+    read_chat,
     split_pair,
     text_row,
     text_rows,
@@ -65,12 +69,14 @@ class TextPair:
         teacher: Reads for the teacher.
         reading: How examples become rows.
         skipped: What was wrong with the texts that were left out.
+        merged: How many chats have a token of both a prompt and an answer of the student's.
     """
 
     student: LanguageFamily
     teacher: LanguageFamily
     reading: Reading = field(default_factory=Reading)
     skipped: list[str] = field(default_factory=list)
+    merged: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -168,16 +174,22 @@ class TextPair:
         return dict(zip(self.readers, found, strict=True))
 
     def _one(self, example: Example) -> list[Row]:
-        speller = self.student.speller
         if example.messages is None:
-            return [text_row(speller, example.text or "")]
-        return [chat_row(speller, example.messages, turns=self.reading.turns)]
+            return [text_row(self.student.speller, example.text or "")]
+        return [chat_row(self._chat(example.messages), turns=self.reading.turns)]
 
     def _both(self, example: Example) -> tuple[Row, Row]:
-        ours, theirs = self.student.speller, self.teacher.speller
+        theirs = self.teacher.speller
         if example.messages is None:
-            return text_rows(ours, theirs, example.text or "")
-        return chat_rows(ours, theirs, example.messages, turns=self.reading.turns)
+            return text_rows(self.student.speller, theirs, example.text or "")
+        ours, judged = self._chat(example.messages), read_chat(theirs, example.messages)
+        return chat_rows(ours, judged, turns=self.reading.turns)
+
+    def _chat(self, messages: Messages) -> Chat:
+        """Return a chat as the student reads it, and count it if a prompt runs into an answer."""
+        chat = read_chat(self.student.speller, messages)
+        self.merged += merges_answer(chat, turns=self.reading.turns)
+        return chat
 
     def _fitted(self, rows: Mapping[Reader, Row]) -> dict[Reader, Row]:
         """Return rows laid out, and cut to the readers' lengths."""
@@ -249,7 +261,7 @@ class TextPair:
         return batch
 
     def release(self) -> None:
-        """Say how many texts were left out."""
+        """Say how many texts were left out, and how many prompts run into an answer."""
         if self.skipped:
             log.warning(
                 "left out %d texts that cannot be used, such as %s",
@@ -257,6 +269,15 @@ class TextPair:
                 self.skipped[0],
             )
             self.skipped.clear()
+        if self.merged:
+            log.warning(
+                "in %d chats a token of %s spells the end of a prompt and the start of an answer, "
+                "which sampling never sees: give answers that begin with no space or line break, "
+                "or set chat_template of the family to one with a special token before answers",
+                self.merged,
+                self.student.path,
+            )
+            self.merged = 0
 
     def fingerprint(self) -> str:
         """Return a hash of both readers, and of how examples become rows."""

@@ -13,7 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.byte_spans import Speller
-from diffdistill.pipelines.chats import chat_rows
+from diffdistill.pipelines.chats import chat_rows, read_chat
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_the_two_tokenizers_share_chunks_and_not_tokens(
     assert tokenizers[0].get_vocab() != tokenizers[1].get_vocab()
     kinds = set()
     for messages in chats(builder, 40):
-        rows = chat_rows(spellers[0], spellers[1], messages)
+        rows = chat_rows(read_chat(spellers[0], messages), read_chat(spellers[1], messages))
         assert rows[0].chunks != [-1] * len(rows[0].chunks)
         for chunk in range(max(rows[0].chunks) + 1):
             kinds.add(tuple(min(row.chunks.count(chunk), 3) for row in rows))

@@ -85,7 +85,7 @@ def test_the_tokens_of_a_chat_are_those_of_the_template_itself(
     student: Speller, teacher: Speller
 ) -> None:
     for speller in (student, teacher):
-        row = chat_row(speller, CHAT)
+        row = chat_row(read_chat(speller, CHAT))
         tokens = speller.tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
         assert row.tokens == tokens
         assert isinstance(tokens[0], int)  # and no key of a dictionary
@@ -121,21 +121,20 @@ def test_contents_are_searched_in_order_where_the_markers_depend_on_them(teacher
 
 def test_the_answers_and_their_ends_are_maskable_and_no_prompt_is(student: Speller) -> None:
     chat = read_chat(student, CHAT)
-    row = chat_row(student, CHAT)
+    row = chat_row(chat)
     answers = "yes<|end|>yes<|end|>  return the \U0001f642 na\u00efve\n<|end|>"
     assert spelled(chat.spelling, row.maskable) == answers.encode()
-    bare = chat_row(student, CHAT, end_of_turn=False)
+    bare = chat_row(chat, end_of_turn=False)
     assert spelled(chat.spelling, bare.maskable) == answers.replace("<|end|>", "").encode()
-    last = chat_row(student, CHAT, turns="last")
+    last = chat_row(chat, turns="last")
     assert spelled(chat.spelling, last.maskable) == answers.split("<|end|>", 2)[2].encode()
 
 
 def test_an_answer_without_an_end_marker_has_none(spaced: Speller) -> None:
-    chat = [CHAT[1], CHAT[0]]
     template = "{% for m in messages %}{{ m.content }}\n{% endfor %}<eos>"
     speller = Speller(fast(byte_level(), template))
-    row = chat_row(speller, chat)
-    assert spelled(read_chat(speller, chat).spelling, row.maskable) == b"yes"
+    chat = read_chat(speller, [CHAT[1], CHAT[0]])
+    assert spelled(chat.spelling, chat_row(chat).maskable) == b"yes"
 
 
 @pytest.mark.parametrize("other", ["teacher", "spaced"])
@@ -143,8 +142,9 @@ def test_two_templates_and_tokenizers_share_the_chunks_of_the_answers(
     student: Speller, other: str, request: pytest.FixtureRequest
 ) -> None:
     judge: Speller = request.getfixturevalue(other)
-    ours, theirs = chat_rows(student, judge, CHAT)
-    sides = [read_chat(s, CHAT).spelling for s in (student, judge)]
+    both = read_chat(student, CHAT), read_chat(judge, CHAT)
+    ours, theirs = chat_rows(*both)
+    sides = [chat.spelling for chat in both]
     chunks = [bytes_of_chunks(*pair) for pair in zip(sides, (ours, theirs), strict=True)]
     assert chunks[0] == chunks[1]
     assert all(chunks[0])
@@ -161,8 +161,8 @@ def test_two_templates_and_tokenizers_share_the_chunks_of_the_answers(
 def test_the_turns_of_repeated_answers_are_paired_in_order(
     student: Speller, teacher: Speller
 ) -> None:
-    ours, theirs = chat_rows(student, teacher, CHAT)
-    sides = [read_chat(s, CHAT) for s in (student, teacher)]
+    sides = read_chat(student, CHAT), read_chat(teacher, CHAT)
+    ours, theirs = chat_rows(*sides)
     for row, side in zip((ours, theirs), sides, strict=True):
         first = [side.spelling.spans[i][0] for i, c in enumerate(row.chunks) if c >= 0]
         assert first == sorted(first)
@@ -186,14 +186,15 @@ def test_the_turns_of_repeated_answers_are_paired_in_order(
 
 
 def test_the_same_tokenizer_and_template_pair_every_answer_token(student: Speller) -> None:
-    ours, theirs = chat_rows(student, student, CHAT, end_of_turn=False)
+    chat = read_chat(student, CHAT)
+    ours, theirs = chat_rows(chat, chat, end_of_turn=False)
     assert ours == theirs
     aligned = [c for c in ours.chunks if c >= 0]
     assert aligned == list(range(sum(ours.maskable)))
 
 
 def test_the_last_turn_alone_is_aligned_if_asked(student: Speller, teacher: Speller) -> None:
-    ours, _ = chat_rows(student, teacher, CHAT, turns="last")
+    ours, _ = chat_rows(read_chat(student, CHAT), read_chat(teacher, CHAT), turns="last")
     chunks = bytes_of_chunks(read_chat(student, CHAT).spelling, ours)
     assert CHAT[5]["content"].strip().encode().endswith(b"".join(chunks))
     assert b"".join(chunks).endswith(b" na\xc3\xafve")
@@ -301,7 +302,10 @@ def test_a_pair_that_is_cut_loses_the_chunks_that_lost_a_token_on_either_side() 
 def test_chats_of_two_tokenizers_are_what_tide_learns_from(
     student: Speller, teacher: Speller
 ) -> None:
-    pairs = [chat_rows(student, teacher, chat) for chat in (CHAT, CHAT[:2], CHAT[4:])]
+    pairs = [
+        chat_rows(read_chat(student, chat), read_chat(teacher, chat))
+        for chat in (CHAT, CHAT[:2], CHAT[4:])
+    ]
     batch: dict[str, Any] = {"ids": torch.arange(3), "bias": torch.zeros(3, 1)}
     for side, name in enumerate(("student", "teacher")):
         for field, filler in (("tokens", 1), ("maskable", 0), ("chunks", -1)):

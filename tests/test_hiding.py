@@ -3,26 +3,14 @@ import torch
 
 from diffdistill.draws import Draws
 from diffdistill.hiding import by_position, chunk_share, denoising, hide, usable_chunks
-from diffdistill.methods.tide import Tide
 from diffdistill.texts import Text
 from tests.conftest import randn
-from tests.toy_texts import Level, Texts, network, toy_text_batch
+from tests.toy_texts import Level, Texts, toy_text_batch
 
 
 def texts(size: int) -> tuple[Text, Text]:
     batch = toy_text_batch(size)
     return Texts().text(batch), Texts().text(batch, reader="teacher")
-
-
-def test_it_hides_what_tide_hides() -> None:
-    batch = toy_text_batch(32)
-    text, answer = texts(32)
-    method = Tide(
-        family=Texts(), draws=Draws(3), student=network(), teacher=network("teacher"), t_low=0.01
-    )
-    found = hide(Draws(3), batch["ids"], text, usable_chunks(text, answer), t_low=0.01)
-    for ours, theirs in zip(found, method._hide(batch, text, answer), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_chunks_are_usable_where_both_sides_may_hide_all_of_them() -> None:

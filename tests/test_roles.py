@@ -206,6 +206,17 @@ def test_the_ends_of_the_decay_are_the_student_and_the_start(decay: float, same_
     torch.testing.assert_close(predict(roles["teacher"]), predict(roles[same_as]))
 
 
+def test_an_average_of_decay_one_is_out_of_reach_of_a_student_that_overflowed() -> None:
+    roles = make_roles(make_toy(), student=LORA, teacher=ema(1.0))
+    start = {name: p.clone() for name, p in roles["teacher"].parameters().items()}
+    with torch.no_grad():
+        for parameter in roles["student"].parameters().values():
+            parameter.fill_(torch.inf)
+    roles.average("student")
+    for name, parameter in roles["teacher"].parameters().items():
+        assert torch.equal(parameter, start[name])
+
+
 @pytest.mark.parametrize("weights", ["ema", "live"])
 @pytest.mark.parametrize("of", ["nobody", "reference"])
 def test_following_a_role_that_is_not_trained_is_an_error(weights: str, of: str) -> None:

@@ -440,6 +440,28 @@ def test_lengths_that_fit_no_blocks_are_refused(world: Path) -> None:
         family_of("bd3lm", world, max_length=96, attention="flex_attention")
 
 
+@pytest.mark.parametrize("cross", [False, True])
+def test_prompts_that_run_into_an_answer_are_counted_and_told_once(
+    cross: bool, world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against the tokens of the prompt alone, with which the training row should begin."""
+    pair = make_pair(world, cross=cross)
+    answers = ["yes", "    return first", "\n\nyes", CODE[0], "    print(first)"]
+    broken = 0
+    for example in map(chat, answers):
+        assert example.messages is not None
+        prompt = chat_tokens(pair.student.tokenizer, example.messages[:-1])
+        whole = chat_tokens(pair.student.tokenizer, example.messages, answer=False)
+        broken += whole[: len(prompt)] != prompt
+    assert 1 < broken < len(answers)
+    pair.encode([*map(chat, answers), Example("", text="    return first")])
+    pair.release()
+    pair.release()
+    [told] = caplog.messages
+    assert told.startswith(f"in {broken} chats a token of")
+    assert "set chat_template of the family" in told
+
+
 def test_texts_that_cannot_be_used_say_where_they_are_or_are_left_out(
     world: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

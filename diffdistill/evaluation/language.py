@@ -155,7 +155,7 @@ def make_gap(family: LanguageFamily, example: Example, size: int, draws: Draws, 
     assert example.messages is not None, "a gap is in the answer of a chat"
     messages: Messages = example.messages
     chat = read_chat(family.speller, messages)
-    row = family.lay_out(chat_row(family.speller, messages, turns="last"))
+    row = family.lay_out(chat_row(chat, turns="last"))
     first, last = chat.contents[-1]
     start = first + draws.integer("gap", number, max(last - first - size, 0) + 1)
     stop = min(start + size, last)

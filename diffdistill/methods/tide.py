@@ -16,11 +16,8 @@ from torch import Tensor
 from diffdistill.chunks import (
     chunk_sums,
     first_tokens,
-    num_chunks,
-    select_whole,
     sizes,
     tokens_of,
-    touched,
 )
 from diffdistill.divergences import (
     calm,
@@ -33,7 +30,9 @@ from diffdistill.divergences import (
 )
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.hiding import Hidden, chunk_counts, chunk_share, denoising, hide, usable_chunks
 from diffdistill.method import Method
+from diffdistill.noising import uniform
 from diffdistill.projection import (
     Prediction,
     at,
@@ -75,20 +74,6 @@ PRESETS = {
     "shared": Preset("forward-kl", "both", 0.5, "midrange"),
     "calm-tidal": Preset("calm", "both", 0.5, "uniform"),
 }
-
-
-class Hidden(NamedTuple):
-    """What is hidden from the student, and where it is compared with the teacher.
-
-    Attributes:
-        mask: bool ``[B, L]``: the student's hidden tokens, whole chunks.
-        active: bool ``[B, N]``: the chunks compared; hidden on both sides.
-        t: The noise level ``[B]``.
-    """
-
-    mask: Tensor
-    active: Tensor
-    t: Tensor
 
 
 @dataclass(kw_only=True)
@@ -183,7 +168,7 @@ class Tide(Method):
         state = self.family.noised(batch, hidden.t, hidden.mask)
         prediction = self.student(state, self.family.condition(batch))
         logprobs = token_logprob(prediction, text.tokens, mask=hidden.mask)  # [B, L]
-        denoising = masked_mean(-logprobs, text.maskable, weight=1.0 / hidden.t[:, None])
+        denoised = denoising(logprobs, text, hidden.t)
         ours = self._read(prediction, logprobs, text, hidden.active)
         theirs = self._judge(batch, answer, hidden)
         rows = hidden.active.nonzero()[:, 0]  # the sample of each active chunk
@@ -193,10 +178,10 @@ class Tide(Method):
             torch.ones_like(error, dtype=torch.bool),
             noise_weight(hidden.t, self._chosen.weight)[rows],
         )
+        distillation = distillation * chunk_share(chunk_counts(text, hidden), progress.counts)
         count = int(text.maskable.sum())
-        distillation = distillation * self._share(len(rows), count, progress)
         metrics = {
-            "denoising": denoising.detach(),
+            "denoising": denoised.detach(),
             "distillation": distillation.detach(),
             "noise_level": hidden.t.mean(),
             "mask_rate": hidden.mask.sum() / max(count, 1),
@@ -205,35 +190,23 @@ class Tide(Method):
         if self.variant != "shared":
             clamped = chunk_clamped(prediction_rows(ours), self.temperature)
             metrics["clamp_share"] = clamped.sum() / max(len(clamped), 1)
-        value = denoising + self.distillation_weight * distillation
+        value = denoised + self.distillation_weight * distillation
         yield Loss("student", value, max(count, 1), metrics=metrics)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Return the active chunks and the maskable tokens of a batch."""
         text = self.family.text(batch)
-        hidden = self._hide(batch, text, self.family.text(batch, reader="teacher"))
-        return {"chunks": float(hidden.active.sum()), "tokens": float(text.maskable.sum())}
-
-    def _share(self, chunks: int, tokens: int, progress: Progress) -> float:
-        """Return what makes a mean over tokens, of which a loss is one, a mean over chunks."""
-        if not progress.counts:
-            return 1.0
-        per_token = progress.counts["chunks"] / max(progress.counts["tokens"], 1.0)
-        return chunks / max(tokens, 1) / per_token if chunks else 0.0
+        answer = self.family.text(batch, reader="teacher")
+        return chunk_counts(text, self._hide(batch, text, answer))
 
     def _hide(self, batch: Batch, text: Text, answer: Text) -> Hidden:
-        """Return what is hidden: tokens at random, and all of each chunk they are in."""
-        ids, count = batch["ids"], num_chunks(text.chunks, answer.chunks)
-        usable = select_whole(text.maskable, text.chunks, count)
-        usable &= select_whole(answer.maskable, answer.chunks, count)
+        """Return what is hidden; of one vocabulary the chunks are pairs of single tokens."""
+        usable = usable_chunks(text, answer)
         if self.variant == "shared":
-            single = [sizes(side.chunks, count) == 1 for side in (text, answer)]
-            usable &= single[0] & single[1]
+            for side in (text, answer):
+                usable &= sizes(side.chunks, usable.shape[1]) == 1
             self._check_shared(text, answer, usable)
-        t = self.t_low + (1.0 - self.t_low) * self.draws.uniform("time", ids)
-        mask = text.maskable & (self._uniform("mask", ids, text.tokens.shape[1]) < t[:, None])
-        active = touched(mask, text.chunks, count) & usable
-        return Hidden(mask | tokens_of(active, text.chunks), active, t)
+        return hide(self.draws, batch["ids"], text, usable, t_low=self.t_low)
 
     def _judge(self, batch: Batch, answer: Text, hidden: Hidden) -> Prediction:
         """Return what the teacher makes of each active chunk, as ``_read`` does."""
@@ -241,8 +214,8 @@ class Tide(Method):
         with torch.no_grad():
             if exposure in {0.0, 1.0}:
                 return self._pass(batch, answer, hidden, [active])[0]
-            uniform = self._uniform("reveal", batch["ids"], active.shape[1])
-            halves = complementary(active, uniform, exposure)
+            numbers = uniform(self.draws, "reveal", batch["ids"], active.shape[1:])
+            halves = complementary(active, numbers, exposure)
             if self.passes == "doubled":
                 first, second = self._pass(batch, answer, hidden, halves)
             else:
@@ -320,11 +293,3 @@ class Tide(Method):
                 f"variant shared needs one vocabulary: the student's token {int(ours[first])} is "
                 f"the teacher's {int(theirs[first])}; use variant cross or calm-tidal"
             )
-
-    def _uniform(self, purpose: str, ids: Tensor, size: int) -> Tensor:
-        """Return numbers ``[B, size]`` in [0, 1); a longer row begins with the shorter one's."""
-        rows = [
-            torch.rand(size, generator=self.draws.generator(purpose, number))
-            for number in ids.tolist()
-        ]
-        return torch.stack(rows).to(ids.device)
