@@ -5,7 +5,7 @@ UMT5 text encoder, a trained causal autoencoder, a bidirectional Wan transformer
 from captions such as "a seven moving right, fast" by flow matching, and the three networks of the
 `digits-video` reward.
 
-    python scripts/build_video_models.py                  # all, the causal student too
+    python scripts/build_video_models.py                  # all: about 30 minutes on 2 free cores
     python scripts/build_video_models.py --only rewards   # keep the other parts
     python scripts/build_video_models.py --quick          # a smoke run
 """
