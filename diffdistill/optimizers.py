@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from diffdistill.config import TrainSettings
@@ -26,7 +27,9 @@ def make_optimizer(
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(list(parameters.values()), **options)
+        # the fused kernel takes shards or whole tensors, not both (a head beside a sharded network)
+        kinds = {isinstance(parameter, DTensor) for parameter in parameters.values()}
+        return torch.optim.AdamW(list(parameters.values()), fused=len(kinds) == 1, **options)
     try:
         import bitsandbytes
     except ImportError:
