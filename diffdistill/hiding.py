@@ -97,3 +97,16 @@ def denoising(logprobs: Tensor, text: Text, t: Tensor) -> Tensor:
         t: The noise level ``[B]``.
     """
     return masked_mean(-logprobs, text.maskable, weight=1.0 / t[:, None])
+
+
+def described(
+    text: Text, hidden: Hidden, *, denoising: Tensor, distillation: Tensor
+) -> dict[str, Tensor]:
+    """Return what to log of a loss of these two terms, and of what was hidden for it."""
+    return {
+        "denoising": denoising.detach(),
+        "distillation": distillation.detach(),
+        "noise_level": hidden.t.mean(),
+        "mask_rate": hidden.mask.sum() / max(int(text.maskable.sum()), 1),
+        "active_chunks": hidden.active.sum() / len(hidden.t),
+    }

@@ -30,7 +30,15 @@ from diffdistill.divergences import (
 )
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
-from diffdistill.hiding import Hidden, chunk_counts, chunk_share, denoising, hide, usable_chunks
+from diffdistill.hiding import (
+    Hidden,
+    chunk_counts,
+    chunk_share,
+    denoising,
+    described,
+    hide,
+    usable_chunks,
+)
 from diffdistill.method import Method
 from diffdistill.noising import uniform
 from diffdistill.projection import (
@@ -180,13 +188,7 @@ class Tide(Method):
         )
         distillation = distillation * chunk_share(chunk_counts(text, hidden), progress.counts)
         count = int(text.maskable.sum())
-        metrics = {
-            "denoising": denoised.detach(),
-            "distillation": distillation.detach(),
-            "noise_level": hidden.t.mean(),
-            "mask_rate": hidden.mask.sum() / max(count, 1),
-            "active_chunks": hidden.active.sum() / len(hidden.t),
-        }
+        metrics = described(text, hidden, denoising=denoised, distillation=distillation)
         if self.variant != "shared":
             clamped = chunk_clamped(prediction_rows(ours), self.temperature)
             metrics["clamp_share"] = clamped.sum() / max(len(clamped), 1)

@@ -21,6 +21,7 @@ from diffdistill.hiding import (
     chunk_counts,
     chunk_share,
     denoising,
+    described,
     hide,
     usable_chunks,
 )
@@ -105,13 +106,7 @@ class ULD(Method):
         distance = masked_mean(distances, torch.ones_like(distances, dtype=torch.bool))
         distance = distance * chunk_share(chunk_counts(text, hidden), progress.counts)
         count = int(text.maskable.sum())
-        metrics = {
-            "denoising": denoised.detach(),
-            "distillation": distance.detach(),
-            "noise_level": hidden.t.mean(),
-            "mask_rate": hidden.mask.sum() / max(count, 1),
-            "active_chunks": hidden.active.sum() / len(hidden.t),
-        }
+        metrics = described(text, hidden, denoising=denoised, distillation=distance)
         value = denoised + self.distillation_weight * distance
         yield Loss("student", value, max(count, 1), metrics=metrics)
 

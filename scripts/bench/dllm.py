@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from random_text import BLOCK, SIZES, VOCABULARY, batch_of, random_network, save_config, session_of
+from timing import paired, seconds
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,32 +42,6 @@ from diffdistill.trainer import Trainer
 from diffdistill.types import Batch
 
 ROOT = Path(__file__).parents[2]
-# time
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(task: Callable[[], object]) -> float:
-    """Return the time of one run of ``task``."""
-    synchronize()
-    start = time.perf_counter()
-    task()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def paired(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[float]:
-    """Return the median times of two tasks run in turn, and the median of their ratio."""
-    first(), second()
-    pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
-    times = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    return [*times, statistics.median(a / b for a, b in pairs)]
-
-
-# sampling
 
 
 @dataclass
@@ -126,9 +100,6 @@ def caches(folder: Path, rounds: int) -> dict[str, Any]:
         names = ("seconds_encoded_each_block", "seconds_cached", "ratio")
         found[str(blocks)] = dict(zip(names, times, strict=True))
     return found
-
-
-# training
 
 
 def bare(session: Session, batch: Batch) -> Callable[[], None]:
@@ -194,9 +165,6 @@ def comp_demo(folder: Path, rounds: int, rows: int) -> dict[str, float]:
         tasks.append(Trainer(session, iter(repeat(batch)), Distributed()).train_step)
     names = ("seconds_doubled", "seconds_two_passes", "doubled_over_two")
     return dict(zip(names, paired(tasks[0], tasks[1], rounds), strict=True))
-
-
-# memory
 
 
 class Allocated(TorchDispatchMode):

@@ -13,7 +13,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -22,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from timing import paired, seconds
 from torch import Tensor
 
 from diffdistill.config import parse_config
@@ -121,28 +121,6 @@ def batch_of(session: Session, name: str, frames: int = CLIP) -> Batch:
         "negative": text[1],
         "latents": torch.zeros(1, 16, frames, height, width, device=session.device),
     }
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(task: Callable[[], object]) -> float:
-    """Return the time of one run of ``task``."""
-    synchronize()
-    start = time.perf_counter()
-    task()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def paired(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[float]:
-    """Return the median times of two tasks run in turn, and the median of their ratio."""
-    first(), second()
-    pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
-    times = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    return [*times, statistics.median(a / b for a, b in pairs)]
 
 
 @torch.no_grad()
