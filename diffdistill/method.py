@@ -18,11 +18,13 @@ class Method(ABC):
         roles: The settings of each role where a config file says nothing (see ``roles``).
         streams: Whether the student streams, and the family must be able to.
         texts: Whether it is for language models, and ``family`` a ``texts.TextFamily``.
+        answers: Whether these are autoregressive, and ``family`` a ``rollouts.AnswerFamily``.
     """
 
     roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     streams: ClassVar[bool] = False
     texts: ClassVar[bool] = False
+    answers: ClassVar[bool] = False
 
     @abstractmethod
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:

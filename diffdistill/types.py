@@ -34,6 +34,8 @@ class Example(NamedTuple):
         num_frames: Pixel frames ``T`` of what to generate, where there is no video.
         messages: A chat: ``role`` and ``content`` of each message.
         text: A plain text.
+        solution: Of a question: the worked reference solution, which a teacher may be shown.
+        answer: Of a question: the final answer alone, by which answers are verified.
     """
 
     prompt: str
@@ -46,6 +48,8 @@ class Example(NamedTuple):
     num_frames: int | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
     text: str | None = None
+    solution: str | None = None
+    answer: str | None = None
 
     def without_target(self) -> "Example":
         """Return what a student may see of it: size and frames in place of image or video."""

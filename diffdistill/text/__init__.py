@@ -1,0 +1,1 @@
+"""Methods for autoregressive language models, one file per paper."""
