@@ -34,6 +34,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeTopKRouter,
     load_balancing_loss_func,
@@ -101,9 +103,9 @@ class Recipe:
 
 RECIPES = {
     "student": Recipe(hidden=96, layers=4, heads=3, inner=256, ar_steps=400, diffusion_steps=800),
-    "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=700, diffusion_steps=700),
+    "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=600, diffusion_steps=600),
     "moe": Recipe(
-        hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=700, diffusion_steps=1600
+        hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=600, diffusion_steps=1200
     ),
 }
 
@@ -228,6 +230,24 @@ class Rows:
                 yield groups[place]
 
 
+def float32_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> Any:
+    """What sdpa does, in float32: torch's bfloat16 kernel is several times slower on a CPU."""
+    with torch.autocast("cpu", enabled=False):
+        parts = query.float(), key.float(), value.float()
+        found, weights = sdpa_attention_forward(module, *parts, mask, **options)
+    return found.to(query.dtype), weights
+
+
+AttentionInterface.register("sdpa", float32_attention)
+
+
 class Optimizers:
     """Muon for the matrices between embedding and head, AdamW for everything else.
 
@@ -293,10 +313,8 @@ class Balance:
             hook.remove()
 
 
-def train(
-    name: str, network: nn.Module, recipe: Recipe, steps: int, losses: Iterator[Tensor]
-) -> None:
-    """Descends one loss after the other; matrices are multiplied in bfloat16."""
+def train(name: str, network: Any, recipe: Recipe, steps: int, losses: Iterator[Tensor]) -> None:
+    """Descends one loss after the other; matrices but those of attention are in bfloat16."""
     optimizers, balance = Optimizers(network.train(), recipe, steps), Balance(network)
     start, recent = time.perf_counter(), list[float]()
     for number in range(steps):
