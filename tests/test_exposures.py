@@ -1,0 +1,169 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffdistill.exposures import final_answer, last_boxed, reveal, segments
+
+PIECES = ["\\boxed{", "{", "}", "\\{", "\\}", "\\", "\n", "\n\n", " ", ". ", "\u3002", "4", "x = $2.$"]
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+EXPOSURES = st.floats(0.0, 1.0)
+
+SOLUTION = "One.\n\nTwo.\n\nThree.\n\nSo it is \\boxed{4}.\n"
+
+
+def balanced_boxes(text: str) -> list[str]:
+    """Return the boxes of a text without backslashes elsewhere, by counting braces from each."""
+    found, start = [], text.find("\\boxed{")
+    while start >= 0:
+        depth, end = 0, start
+        while end < len(text) and (depth > 0 or "{" not in text[start:end]):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        closed = depth == 0
+        if closed:
+            found.append(text[start:end])
+        start = text.find("\\boxed{", end if closed else start + 1)
+    return found
+
+
+@given(TEXTS)
+def test_segments_joined_are_the_text(text: str) -> None:
+    parts = segments(text)
+    assert "".join(parts) == text
+    assert all(parts)
+    assert len(parts) <= 1 or all(part.strip() for part in parts)
+
+
+@given(TEXTS, st.none() | st.text())
+def test_everything_is_shown_at_one(text: str, answer: str | None) -> None:
+    assert text == "" or reveal(text, 1.0, answer) == text
+
+
+@given(TEXTS, st.text())
+def test_the_answer_alone_is_shown_at_zero(text: str, answer: str) -> None:
+    boxed = final_answer(text)
+    assert reveal(text, 0.0, answer) == (answer if boxed is None else boxed)
+
+
+@given(TEXTS, EXPOSURES, EXPOSURES)
+def test_more_exposure_never_shows_less(text: str, first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    boxed = final_answer(text) or ""
+    less, more = reveal(text, low), reveal(text, high)
+    # what is shown is a prefix of the text, perhaps followed by the answer
+    prefixes = [
+        shown if text.startswith(shown) else shown.removesuffix(boxed) for shown in (less, more)
+    ]
+    assert text.startswith(prefixes[0])
+    assert text.startswith(prefixes[1])
+    assert len(prefixes[0]) <= len(prefixes[1])
+
+
+@given(TEXTS, EXPOSURES)
+def test_the_share_of_segments_is_rounded_down(text: str, exposure: float) -> None:
+    parts = segments(text)
+    shown = "".join(parts[: math.floor(exposure * len(parts) + 1e-9)])
+    assert reveal(text, exposure) in {shown, shown + (final_answer(text) or "")}
+
+
+@given(TEXTS, EXPOSURES)
+def test_the_final_answer_is_shown_at_every_exposure(text: str, exposure: float) -> None:
+    boxed = final_answer(text)
+    assert boxed is None or boxed in reveal(text, exposure)
+
+
+@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "a", " "]), max_size=30).map("".join))
+def test_the_last_box_is_the_last_that_braces_close(text: str) -> None:
+    # an unclosed brace before a box is no part of it, so counting starts at each box
+    boxes = balanced_boxes(text)
+    assert final_answer(text) == (boxes[-1] if boxes else None)
+
+
+def test_a_solution_is_shown_segment_by_segment() -> None:
+    shown = [reveal(SOLUTION, share) for share in (0.0, 0.24, 0.25, 0.5, 0.99, 1.0)]
+    assert shown == [
+        "\\boxed{4}",
+        "\\boxed{4}",
+        "One.\n\n\\boxed{4}",
+        "One.\n\nTwo.\n\n\\boxed{4}",
+        "One.\n\nTwo.\n\nThree.\n\n\\boxed{4}",
+        SOLUTION,
+    ]
+
+
+def test_an_answer_that_is_already_shown_is_not_repeated() -> None:
+    text = "It is \\boxed{4}.\n\nFor two.\n\nAnd two.\n\nAre four."
+    assert reveal(text, 0.5) == "It is \\boxed{4}.\n\nFor two.\n\n"
+
+
+def test_a_solution_without_a_box_is_followed_by_the_given_answer() -> None:
+    assert reveal("One.\nTwo.\nThree.\nFour.", 0.5, "4") == "One.\nTwo.\n4"
+    assert reveal("One.\nTwo.\nThree.\nFour.", 0.5) == "One.\nTwo.\n"
+    assert reveal("", 1.0, "4") == "4"
+
+
+def test_a_share_of_a_hundred_segments_is_exact() -> None:
+    text = "".join(f"{i}\n" for i in range(100))
+    for percent in range(101):
+        assert reveal(text, percent / 100).count("\n") == percent
+
+
+def test_paragraphs_are_segments_where_there_are_four() -> None:
+    text = "\n a.\nb\n\nc\n \n\n d\n\ne. f\n"
+    assert segments(text) == ["\n a.\nb\n\n", "c\n \n\n ", "d\n\n", "e. f\n"]
+
+
+def test_lines_are_segments_where_there_are_few_paragraphs() -> None:
+    assert segments("a. b\nc\n\nd\r\ne") == ["a. b\n", "c\n\n", "d\r\n", "e"]
+
+
+def test_sentences_are_segments_where_there_are_few_lines() -> None:
+    assert segments("So $x = 3.14.$ Is it? Yes!\nIt is.") == [
+        "So $x = 3.14.$ ",
+        "Is it? ",
+        "Yes!\n",
+        "It is.",
+    ]
+    assert segments("\u3042\u3002\u3044\uff1f\u3046") == ["\u3042\u3002", "\u3044\uff1f", "\u3046"]
+
+
+def test_the_final_box_is_never_divided() -> None:
+    assert segments("See: \\boxed{\\text{No. Or\n\nyes. So}} Then. End.") == [
+        "See: \\boxed{\\text{No. Or\n\nyes. So}} Then. ",
+        "End.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("\\boxed{1} then \\boxed{2}.", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\boxed{3}}", "\\boxed{3}"),
+        ("\\boxed {4}", "4"),
+        ("\\boxed{\\left\\{ 1 \\right.}", "\\left\\{ 1 \\right."),
+        ("\\boxed{5} and then \\boxed{6", "5"),
+        ("{ \\boxed{7}", "7"),
+        ("\\boxed{}", ""),
+        ("} \\boxed{8}}", "8"),
+        ("first\\\\\\boxed{9}", "9"),
+        ("boxed{10}", None),
+        ("\\boxed 11", None),
+        ("", None),
+    ],
+)
+def test_the_content_of_the_last_box(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+def test_many_open_boxes_take_no_time() -> None:
+    assert last_boxed("\\boxed{" * 100_000) is None
+    assert last_boxed("\\boxed{" * 100_000 + "1}") == "1"
+
+
+@pytest.mark.parametrize("exposure", [-0.01, 1.01, math.nan])
+def test_an_exposure_outside_of_the_unit_interval_is_refused(exposure: float) -> None:
+    with pytest.raises(ValueError, match="exposure"):
+        reveal(SOLUTION, exposure)
