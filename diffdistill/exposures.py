@@ -7,6 +7,7 @@ segments here are ours.
 
 import math
 import re
+from itertools import pairwise
 
 ENOUGH_SEGMENTS = 4
 """A coarse rule is used if it gives so many segments: then quarters of a solution differ."""
@@ -97,4 +98,4 @@ def _divided(text: str, rule: re.Pattern[str], box: tuple[int, int]) -> list[str
     ends = (match.end() for match in rule.finditer(text))
     cuts = [end for end in ends if first < end < len(text) and not box[0] < end < box[1]]
     places = [0, *cuts, len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False) if a < b]
+    return [text[a:b] for a, b in pairwise(places) if a < b]

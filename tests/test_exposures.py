@@ -6,7 +6,21 @@ from hypothesis import strategies as st
 
 from diffdistill.exposures import final_answer, last_boxed, reveal, segments
 
-PIECES = ["\\boxed{", "{", "}", "\\{", "\\}", "\\", "\n", "\n\n", " ", ". ", "\u3002", "4", "x = $2.$"]
+PIECES = [
+    "\\boxed{",
+    "{",
+    "}",
+    "\\{",
+    "\\}",
+    "\\",
+    "\n",
+    "\n\n",
+    " ",
+    ". ",
+    "\u3002",
+    "4",
+    "x = $2.$",
+]
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 EXPOSURES = st.floats(0.0, 1.0)
 
