@@ -1,0 +1,221 @@
+"""What on-policy distillation of language models shares: a teacher reads what a student answers.
+
+Both models are asked for their prediction of every token of the student's answers, each under its
+own condition, and the predictions are compared.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffdistill.errors import UserError
+from diffdistill.estimators import policy_gradient_map
+from diffdistill.projection import Prediction, TokenMap, token_maps
+from diffdistill.supports import Correction, Support, TopK, truncated_divergence
+from diffdistill.text.answering import Attempt, mean_loss
+from diffdistill.text.selecting import Selecting
+from diffdistill.types import Loss
+
+Divergence = Literal["forward-kl", "reverse-kl", "jsd", "sampled"]
+LOGGED: tuple[TokenMap, ...] = ("entropy", "teacher-entropy")
+"""Maps that tell how training goes, from the pass that the divergence takes."""
+
+
+@dataclass(kw_only=True)
+class Comparing(Selecting):
+    """Compares student and teacher at the tokens of the student's answers.
+
+    Attributes:
+        teacher: Judges each token of the answers.
+        divergence: ``forward-kl`` is KL(teacher || student), ``reverse-kl`` KL(student ||
+            teacher), ``jsd`` the generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649).
+            ``sampled`` takes log(teacher / student) of the sampled token as a reward (Thinking
+            Machines): the reverse KL's gradient in expectation, from one token.
+        baseline: Of ``sampled``: subtract the reward that the student expects at each token, which
+            is minus the reverse KL (ours; the same expectation, less noise). A server's teacher
+            has none.
+        importance_clip: Of ``sampled``: weigh each token by the ratio of student to sampler, but by
+            no more than this (5 in G-OPD's code); null does not weigh.
+        beta: Of ``jsd``: 0.5 is symmetric; at 0 and at 1 it is 0, and not a KL.
+        support: Which tokens of the vocabulary are compared: ``full`` is all; ``teacher`` or
+            ``student`` the most likely of one side, ``intersection`` those of both.
+        support_size: How many of a side's, where the support is not full.
+        correction: What stands for the rest of the vocabulary: ``generalized`` adds the masses
+            that are missing (its gradient is SG-TopK's), ``renorm`` makes each side sum to 1,
+            ``tail`` compares the rest as one token, ``hybrid`` adds the sampled token's part
+            (ours; unbiased for the full reverse KL), ``none`` is biased.
+        allow_biased: Let ``correction: none`` be used with the reverse KL, which drives the
+            student's mass out of the support (arXiv:2605.11182).
+        entry_clip: Largest value of each vocabulary entry of the divergence, as OPSD's code has
+            it. It does not bound the divergence: a clipped entry is pushed the other way.
+        token_clip: Largest divergence of a token; a larger one is scaled down to it, which keeps
+            its direction (ours).
+    """
+
+    roles: ClassVar = {"student": {"weights": "trained"}, "teacher": {"weights": "frozen"}}
+
+    teacher: Any
+    divergence: Divergence = "reverse-kl"
+    baseline: bool = True
+    importance_clip: float | None = None
+    beta: float = 0.5
+    support: Support | Literal["full"] = "full"
+    support_size: int = 20
+    correction: Correction = "generalized"
+    allow_biased: bool = False
+    entry_clip: float | None = None
+    token_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        for name, fine, bounds in (
+            ("beta", 0 <= self.beta <= 1, "in [0, 1]"),
+            ("support_size", self.support_size >= 1, "at least 1"),
+            ("token_clip", self.token_clip is None or self.token_clip > 0, "above 0"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
+        entries = self.support == "full" and self.divergence in ("forward-kl", "jsd")
+        if self.entry_clip is not None and not entries:
+            raise ValueError("entry_clip needs support full, and divergence forward-kl or jsd")
+        if self.divergence == "sampled" and self.support != "full":
+            raise ValueError("divergence sampled is about one token: leave support full")
+        uncorrected = self.support != "full" and self.correction == "none"
+        if uncorrected and self.divergence == "reverse-kl" and not self.allow_biased:
+            raise ValueError(
+                "correction none with reverse-kl drives the student's mass out of the support: "
+                "take another correction, or set allow_biased: true"
+            )
+
+    def judgment(self, attempt: Attempt, *, exposure: float | None = None) -> Prediction | TopK:
+        """Return what the teacher predicts of the answers, without a graph.
+
+        Args:
+            attempt: The answers.
+            exposure: What it is shown of the reference solution (see ``rollouts.AnswerFamily``).
+        """
+        condition = self.family.condition(attempt.batch, reader="teacher", exposure=exposure)
+        with torch.no_grad():
+            found: Prediction | TopK = self.teacher(attempt.state, condition)
+        return found
+
+    def distilled(self, attempt: Attempt, *, exposure: float | None = None, **metrics: Any) -> Loss:
+        """Return the mean divergence from the teacher over the chosen tokens of the step."""
+        theirs = self.judgment(attempt, exposure=exposure)
+        chosen = self.chosen(attempt, theirs)
+        maps = self.compared(attempt, theirs, chosen)
+        return mean_loss(attempt, maps.pop("divergence"), chosen, maps, **metrics)
+
+    def compared(
+        self,
+        attempt: Attempt,
+        theirs: Prediction | TopK,
+        chosen: Tensor,
+        more: Sequence[TokenMap] = (),
+        *,
+        reference: Prediction | None = None,
+        strength: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the map ``divergence`` with its graph and, detached, other maps; ``[B, A]``.
+
+        Args:
+            attempt: The student's answers and predictions.
+            theirs: The teacher's predictions.
+            chosen: The tokens to compare, bool ``[B, A]``.
+            more: Maps to return besides those that are logged (see ``projection.token_maps``).
+            reference: With ``strength``, what the target leads away from.
+            strength: How far the target lies from the reference to the teacher, ``[B, A]``.
+        """
+        if self.support != "full":
+            maps = self._truncated(attempt, theirs, chosen, self.support)
+        elif self.divergence == "sampled":
+            maps = self._sampled(attempt, theirs, chosen, more, reference, strength)
+        elif isinstance(theirs, TopK):
+            raise UserError(
+                "the teacher is a server, which gives its most likely tokens only: set "
+                "method.support: teacher, or method.divergence: sampled"
+            )
+        else:
+            wanted: list[TokenMap] = [self.divergence, *more]
+            maps = self._maps(attempt, theirs, chosen, wanted, reference, strength)
+            maps["divergence"] = maps.pop(self.divergence)
+        error = self._clipped(maps.pop("divergence"))
+        return {name: value.detach() for name, value in maps.items()} | {"divergence": error}
+
+    def _maps(
+        self,
+        attempt: Attempt,
+        theirs: Prediction | None,
+        chosen: Tensor,
+        wanted: Sequence[TokenMap],
+        reference: Prediction | None = None,
+        strength: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        logged = LOGGED if theirs is not None else LOGGED[:1]
+        return token_maps(
+            attempt.prediction,
+            theirs,
+            list(dict.fromkeys([*wanted, *logged])),
+            tokens=attempt.answers.tokens,
+            mask=chosen,
+            temperature=self.temperature,
+            beta=self.beta,
+            entry_clip=self.entry_clip,
+            reference=reference,
+            strength=strength,
+        )
+
+    def _sampled(
+        self,
+        attempt: Attempt,
+        theirs: Prediction | TopK,
+        chosen: Tensor,
+        more: Sequence[TokenMap],
+        reference: Prediction | None,
+        strength: Tensor | None,
+    ) -> dict[str, Tensor]:
+        if isinstance(theirs, TopK):
+            assert theirs.tokens is not None, "a server says how likely the sampled token is"
+            maps = self._maps(attempt, None, chosen, ["logprob"])
+            maps["teacher-logprob"] = theirs.tokens
+        else:
+            wanted: list[TokenMap] = ["logprob", "teacher-logprob", *more]
+            if self.baseline:
+                wanted.append("reverse-kl")
+            maps = self._maps(attempt, theirs, chosen, wanted, reference, strength)
+        logprob = maps["logprob"]
+        reward = maps["teacher-logprob"] - logprob.detach()
+        if self.baseline and "reverse-kl" in maps:
+            reward = reward + maps["reverse-kl"].detach()
+        if self.importance_clip is not None and attempt.answers.logprobs is not None:
+            ratio = (logprob.detach() - attempt.answers.logprobs).exp()
+            reward = reward * ratio.clamp_max(self.importance_clip)
+        return maps | {"divergence": policy_gradient_map(logprob, reward)}
+
+    def _truncated(
+        self, attempt: Attempt, theirs: Prediction | TopK, chosen: Tensor, support: Support
+    ) -> dict[str, Tensor]:
+        assert self.divergence != "sampled"
+        return truncated_divergence(
+            attempt.prediction,
+            theirs,
+            divergence=self.divergence,
+            support=support,
+            k=self.support_size,
+            correction=self.correction,
+            tokens=attempt.answers.tokens,
+            mask=chosen,
+            temperature=self.temperature,
+            beta=self.beta,
+            allow_biased=self.allow_biased,
+        )
+
+    def _clipped(self, error: Tensor) -> Tensor:
+        if self.token_clip is None:
+            return error
+        size = error.detach().abs().clamp_min(torch.finfo(error.dtype).tiny)
+        return error * (self.token_clip / size).clamp_max(1.0)

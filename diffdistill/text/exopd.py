@@ -1,0 +1,46 @@
+"""ExOPD: on-policy distillation beyond the teacher (G-OPD, arXiv:2602.12125), and short of it.
+
+The student answers. Teacher and reference (the student before training, or the teacher before its
+own reinforcement learning) read the answer; the student is compared with what lies beyond the
+teacher, seen from the reference.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffdistill.divergences import masked_mean
+from diffdistill.errors import UserError
+from diffdistill.supports import TopK
+from diffdistill.text.answering import mean_loss
+from diffdistill.text.extrapolating import Extrapolating
+from diffdistill.types import Batch, Loss, Progress
+
+
+@dataclass(kw_only=True)
+class ExOPD(Extrapolating):
+    """Match a target that lies ``strength`` times as far from the reference as the teacher.
+
+    Attributes:
+        exposure: What the teacher is shown of the reference solution; null shows nothing, as in
+            ExOPD. beta-OPSD shows all of it.
+    """
+
+    exposure: float | None = None
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
+        """Yield one loss: a mean over the chosen tokens of the optimizer step."""
+        attempt = self.attempt(batch)
+        theirs = self.judgment(attempt, exposure=self.exposure)
+        if isinstance(theirs, TopK):
+            raise UserError("method exopd needs a teacher of its own, not a server")
+        reference = self.baseline_of(attempt)
+        chosen = self.chosen(attempt, theirs)
+        strength = self.strengths(attempt, theirs, reference, chosen)
+        maps = self.compared(attempt, theirs, chosen, reference=reference, strength=strength)
+        yield mean_loss(
+            attempt,
+            maps.pop("divergence"),
+            chosen,
+            maps,
+            strength=masked_mean(strength, chosen),
+        )

@@ -1,0 +1,41 @@
+"""OPD: on-policy distillation of a language model (GKD, arXiv:2306.13649; Thinking Machines, 2025).
+
+The student answers. Student and teacher both see the question, and their predictions of each token
+of the answer are compared.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffdistill.text.comparing import Comparing
+from diffdistill.types import Batch, Loss, Progress
+
+PARTS = 1 << 20
+"""How finely a share of steps is told."""
+
+
+@dataclass(kw_only=True)
+class OPD(Comparing):
+    """Match a teacher at the tokens of the student's own answers.
+
+    Attributes:
+        on_policy_share: Share of the steps with answers of the student's own; the others take the
+            data's (GKD's lambda; 1 is purely on-policy).
+    """
+
+    on_policy_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if not 0 <= self.on_policy_share <= 1:
+            raise ValueError(f"on_policy_share must be in [0, 1], not {self.on_policy_share}")
+        if self.divergence == "sampled" and self.on_policy_share < 1:
+            raise ValueError("divergence sampled needs answers of the student's own alone")
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
+        """Yield one loss: a mean over the chosen tokens of the optimizer step."""
+        if self.draws.integer("mix", progress.step, PARTS) < self.on_policy_share * PARTS:
+            yield self.distilled(self.attempt(batch))
+        else:
+            yield self.distilled(self.read(batch, self.family.given(batch)))

@@ -1,0 +1,99 @@
+"""What methods share that learn from a reward of whole answers (GRPO and its variants)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffdistill.policy import Aggregation, aggregate, clipped_policy_map, group_advantages
+from diffdistill.projection import token_logprob
+from diffdistill.text.answering import Answering, Attempt
+from diffdistill.verifying import AnswerReward
+
+
+@dataclass(kw_only=True)
+class Rewarded(Answering):
+    """Rewards answers against others to the same question.
+
+    Attributes:
+        reward: Verifies answers.
+        num_answers: Answers to each question; each is compared with the others.
+        scale_rewards: What advantages are divided by: the deviation of the ``group`` (GRPO,
+            arXiv:2402.03300), of the ``batch``, or ``none`` (Dr. GRPO, arXiv:2503.20783).
+        aggregation: ``grpo`` is a mean over answers of the mean over their tokens, ``dr-grpo``
+            divides by ``max_tokens`` instead, ``dapo`` is a mean over all tokens of the step
+            (arXiv:2503.14476).
+        clip_low: The ratio of student to sampler is not followed below 1 minus this.
+        clip_high: Nor above 1 plus this; 0.28 in DAPO.
+        ratio: The ratio of each ``token``, or of the whole ``sequence`` (GSPO).
+        drop_cut: Answers that were cut at ``max_tokens`` teach nothing (DAPO).
+    """
+
+    reward: AnswerReward
+    num_answers: int = 8
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    aggregation: Aggregation = "dapo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    ratio: Literal["token", "sequence"] = "token"
+    drop_cut: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.num_answers < 2:
+            raise ValueError("num_answers must be at least 2: answers are compared with each other")
+
+    @torch.no_grad()
+    def rewards(self, attempt: Attempt) -> Tensor:
+        """Return the reward of each answer, ``[B]``."""
+        texts = self.family.spelled(attempt.answers)
+        return self.reward.score(texts, self.family.examples(attempt.batch))
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Return how much better each answer is than the others to its question, ``[B]``."""
+        return group_advantages(rewards, self.num_answers, self.scale_rewards)
+
+    def rewarded_tokens(self, attempt: Attempt) -> Tensor:
+        """Return the tokens that learn from rewards, bool ``[B, A]``."""
+        answers = attempt.answers
+        return answers.mask & answers.ended[:, None] if self.drop_cut else answers.mask
+
+    def policy(
+        self, attempt: Attempt, advantages: Tensor, logprob: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Return the policy-gradient loss of a micro-batch, and what it is the mean of.
+
+        Args:
+            attempt: The answers.
+            advantages: Of each answer ``[B]``, or of each token ``[B, A]``.
+            logprob: The student's log-probability of each token, with its graph, if it is there.
+        """
+        answers, mask = attempt.answers, self.rewarded_tokens(attempt)
+        if logprob is None:
+            logprob = token_logprob(
+                attempt.prediction, answers.tokens, mask=mask, temperature=self.temperature
+            )
+        assert answers.logprobs is not None, "rewards are for answers of the student's own"
+        error = clipped_policy_map(
+            logprob,
+            answers.logprobs,
+            advantages,
+            self.clip_low,
+            self.clip_high,
+            ratio=self.ratio,
+            mask=mask,
+        )
+        return aggregate(error, mask, self.aggregation, max_tokens=self.max_tokens)
+
+    def told(self, attempt: Attempt, rewards: Tensor) -> dict[str, Tensor]:
+        """Return what to log; ``flat_groups`` is the share of questions that teach nothing."""
+        groups = rewards.view(-1, self.num_answers)
+        answers = attempt.answers
+        return {
+            "reward": rewards.mean(),
+            "flat_groups": (groups.amax(1) == groups.amin(1)).float().mean(),
+            "answer_tokens": answers.mask.sum(dim=1).float().mean(),
+            "ended": answers.ended.float().mean(),
+        }

@@ -1,0 +1,67 @@
+"""RLSD and RLRT: a reward whose credit to tokens comes from a teacher that sees more.
+
+The student answers several times, and is rewarded as in GRPO. The teacher, the student itself shown
+the reference solution, says by how much each token is its own: RLSD follows it, and RLRT
+(arXiv:2605.10781) on right answers follows what it would not have said.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from diffdistill.policy import reweighted_advantages
+from diffdistill.projection import token_logprob
+from diffdistill.text.rewarded import Rewarded
+from diffdistill.types import Batch, Loss, Progress
+
+
+@dataclass(kw_only=True)
+class RLSD(Rewarded):
+    """Weigh the advantage of each token by how likely a privileged teacher finds it.
+
+    The papers were read second-hand, and RLSD in the code of SDAR; see docs/methods/rlsd.md.
+
+    Attributes:
+        teacher: Sees the reference solution.
+        form: ``rlsd`` weighs by teacher over student where the advantage is positive, and by the
+            inverse where it is not; ``rlrt`` by the inverse of that, on rewarded answers only.
+        share: Of the weight; the rest of the advantage is the same for all tokens.
+        weight_clip: Weights stay within 1 minus and plus this.
+        exposure: What the teacher is shown of the reference solution.
+    """
+
+    roles: ClassVar = {
+        "student": {"weights": "trained"},
+        "teacher": {"weights": "live", "of": "student"},
+    }
+
+    teacher: Any
+    form: Literal["rlsd", "rlrt"] = "rlsd"
+    share: float = 0.5
+    weight_clip: float = 0.2
+    exposure: float = 1.0
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
+        """Yield one loss."""
+        attempt = self.attempt(batch)
+        rewards = self.rewards(attempt)
+        mask, tokens = self.rewarded_tokens(attempt), attempt.answers.tokens
+        ours = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)
+        condition = self.family.condition(attempt.batch, reader="teacher", exposure=self.exposure)
+        with torch.no_grad():
+            found = self.teacher(attempt.state, condition)
+            theirs = token_logprob(found, tokens, mask=mask, temperature=self.temperature)
+        advantages = reweighted_advantages(
+            self.advantages(rewards),
+            ours,
+            theirs,
+            mask,
+            form=self.form,
+            share=self.share,
+            clip=self.weight_clip,
+            rewarded=rewards > 0,
+        )
+        value, count = self.policy(attempt, advantages, ours)
+        yield Loss("student", value, count, metrics=self.told(attempt, rewards))
