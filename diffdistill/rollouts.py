@@ -122,6 +122,10 @@ class AnswerFamily(Protocol):
         """
         ...
 
+    def with_solutions(self, batch: Batch, solutions: Sequence[str | None]) -> Batch:
+        """Return a batch with other reference solutions, one for each row."""
+        ...
+
     def examples(self, batch: Batch) -> Sequence[Example]:
         """Return the examples of a batch, a row each."""
         ...

@@ -95,6 +95,10 @@ class Questions:
             told[:, -1] += torch.tensor([len(text) / 10 for text in shown])
         return {"told": told, "reader": reader, "exposure": exposure}
 
+    def with_solutions(self, batch: Batch, solutions: Sequence[str | None]) -> Batch:
+        pairs = zip(batch["examples"], solutions, strict=True)
+        return {**batch, "examples": [e._replace(solution=s) for e, s in pairs]}
+
     def examples(self, batch: Batch) -> Sequence[Example]:
         found: Sequence[Example] = batch["examples"]
         return found
