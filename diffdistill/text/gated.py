@@ -22,7 +22,7 @@ class Gated(Answering):
             second-hand).
         gate_beta: Slope of the gate; 5 in the code. At 0 all gates are one half.
         gate_scale: ``plain`` (code); ``unit`` doubles the gate, so that at beta 0 it is 1 (ours);
-            ``centered`` subtracts its mean over the answer (ours).
+            ``centered`` subtracts from each the mean of all others (ours).
     """
 
     gate: Literal["gap", "entropy", "soft-or"] = "gap"

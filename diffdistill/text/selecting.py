@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffdistill.errors import UserError
 from diffdistill.noising import uniform
-from diffdistill.projection import Prediction, TokenMap, token_maps, vocabulary
+from diffdistill.projection import Prediction, TokenMap, token_maps
 from diffdistill.selection import Rule, select_tokens, token_scores
 from diffdistill.supports import TopK
 from diffdistill.text.answering import Answering, Attempt
@@ -18,14 +19,14 @@ class Selecting(Answering):
     """Chooses tokens by what student and teacher make of them (TIP, arXiv:2604.14084).
 
     Attributes:
-        select: Which tokens are learned: of the rules, ``none`` is all; by ``entropy`` of the
+        select: Which tokens are learned: ``none`` of the rules is all; by ``entropy`` of the
             student; by ``divergence``, KL(student || teacher); by either (``soft-or``, TIP's); or
             by ``q3``, where the student is sure and wrong.
         retention: Share of each answer's tokens to learn; at least one.
         select_scope: Over what the scores are normalized: each ``rollout``, or the
             ``micro-batch`` (the paper says batch).
         select_sampled: Draw tokens in proportion to their scores instead of taking the highest
-            (TIP's entropy sampling).
+            (TIP's entropy sampling); with ``none``, each with the same chance.
         entropy_quantile: Entropies above this quantile are cut down to it before they are
             normalized (paper); null cuts none.
         divergence_quantile: The same of divergences. The paper cuts none, so that one outlier
@@ -48,30 +49,37 @@ class Selecting(Answering):
     def chosen(self, attempt: Attempt, theirs: Prediction | TopK) -> Tensor:
         """Return which tokens are learned, bool ``[B, A]``."""
         mask = attempt.answers.mask
-        if self.select == "none" or self.retention == 1:
+        if self.retention == 1 or (self.select == "none" and not self.select_sampled):
             return mask
+        numbers = None
+        if self.select_sampled:
+            numbers = uniform(self.draws, "select", attempt.batch["ids"], mask.shape[1:])
+        return select_tokens(self._scores(attempt, theirs), mask, self.retention, numbers=numbers)
+
+    @torch.no_grad()
+    def _scores(self, attempt: Attempt, theirs: Prediction | TopK) -> Tensor:
+        """Return how much each token matters, ``[B, A]``."""
+        mask = attempt.answers.mask
+        if self.select == "none":
+            return mask.float()
         if isinstance(theirs, TopK):
-            raise ValueError(
-                f"select {self.select} needs the teacher's whole prediction, and a server gives "
-                "its most likely tokens: set select: none"
+            raise UserError(
+                f"method.select: {self.select} needs the teacher's whole prediction, and a server "
+                "gives its most likely tokens: set method.select: none"
             )
         wanted: list[TokenMap] = ["entropy", "reverse-kl", "forward-kl"]
-        with torch.no_grad():
-            maps = token_maps(
-                attempt.prediction, theirs, wanted, mask=mask, temperature=self.temperature
-            )
-        scores = token_scores(
+        maps = token_maps(
+            attempt.prediction, theirs, wanted, mask=mask, temperature=self.temperature
+        )
+        if self.select == "entropy" and self.select_sampled:
+            return maps["entropy"]  # the paper draws in proportion to what is not clipped
+        return token_scores(
             self.select,
             maps["entropy"],
             maps["reverse-kl"],
             maps["forward-kl"],
             mask,
-            vocabulary_size=vocabulary(attempt.prediction),
             scope=self.select_scope,
             clip_quantile=self.entropy_quantile,
             divergence_clip_quantile=self.divergence_quantile,
         )
-        numbers = None
-        if self.select_sampled:
-            numbers = uniform(self.draws, "select", attempt.batch["ids"], scores.shape[1:])
-        return select_tokens(scores, mask, self.retention, numbers=numbers)

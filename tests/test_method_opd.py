@@ -1,0 +1,167 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffdistill.draws import Draws
+from diffdistill.projection import dense
+from diffdistill.text.opd import OPD
+from diffdistill.text.opsd import OPSD
+from tests.conftest import START
+from tests.toy_answers import Network, Questions, question_batch
+from tests.toy_texts import only_loss, student_gradients
+
+
+def make(kind: Any = OPD, *, teacher: Network | None = None, **options: Any) -> Any:
+    return kind(
+        family=Questions(),
+        draws=Draws(0),
+        student=Network(1).double(),
+        teacher=(teacher or Network(2)).double(),
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options,
+    )
+
+
+def both_logits(method: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits of both sides at the method's last rollout, and its mask."""
+    answers = method.family.rollouts[-1]
+    state = method.family.state(answers)
+    exposure = getattr(method, "exposure", None)
+    theirs = method.family.condition(batch, reader="teacher", exposure=exposure)
+    ours = method.student(state, method.family.condition(batch))
+    return dense(ours), dense(method.teacher(state, theirs)), answers.mask
+
+
+def naive(kind: str, ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    p, q = F.log_softmax(ours, -1), F.log_softmax(theirs, -1).detach()
+    forward, reverse = (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
+    middle = ((p.exp() + q.exp()) / 2).log()
+    jsd = ((q.exp() * (q - middle)).sum(-1) + (p.exp() * (p - middle)).sum(-1)) / 2
+    return {"forward-kl": forward, "reverse-kl": reverse, "jsd": jsd}[kind][mask].mean()
+
+
+@pytest.mark.parametrize("kind", ["forward-kl", "reverse-kl", "jsd"])
+def test_opd_is_the_mean_divergence_over_the_tokens_of_the_students_answers(kind: str) -> None:
+    method, batch = make(divergence=kind), question_batch(4)
+    loss = only_loss(method, batch)
+    expected = naive(kind, *both_logits(method, batch))
+    torch.testing.assert_close(loss.value, expected)
+    assert loss.count == method.family.rollouts[-1].mask.sum()
+    parameters = list(method.student.parameters())
+    pairs = zip(
+        torch.autograd.grad(loss.value, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    )
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_temperature_divides_the_logits_of_both_sides() -> None:
+    method, batch = make(temperature=1.7), question_batch(4)
+    loss = only_loss(method, batch)
+    ours, theirs, mask = both_logits(method, batch)
+    torch.testing.assert_close(loss.value, naive("reverse-kl", ours / 1.7, theirs / 1.7, mask))
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "sampled"}, {"support": "teacher"}])
+def test_a_teacher_that_is_the_student_teaches_nothing(options: dict[str, Any]) -> None:
+    method = make(teacher=Network(1), **options)
+    gradient = student_gradients(method, [question_batch(3)])
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "sampled"}, {"select": "soft-or"}])
+def test_only_the_student_learns(options: dict[str, Any]) -> None:
+    method = make(**options)
+    only_loss(method, question_batch(3)).value.backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in method.student.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"select": "entropy", "select_scope": "rollout"}])
+def test_micro_batches_take_the_same_step(options: dict[str, Any]) -> None:
+    whole = student_gradients(make(**options), [question_batch(4)])
+    parts = [question_batch(1), question_batch(3, first_id=1)]
+    torch.testing.assert_close(student_gradients(make(**options), parts), whole)
+
+
+def test_selection_keeps_its_share_of_each_answer_and_costs_the_others_nothing() -> None:
+    method, batch = make(select="divergence", retention=0.5), question_batch(6)
+    loss = only_loss(method, batch)
+    lengths = method.family.rollouts[-1].mask.sum(1)
+    assert loss.count == (lengths // 2).clamp(min=1).sum()
+    everything = only_loss(make(), batch)
+    assert loss.value > everything.value  # the largest divergences are above the mean
+
+
+def test_all_tokens_retained_is_no_selection() -> None:
+    kept = only_loss(make(select="soft-or", retention=1.0), question_batch(3))
+    assert kept.value == only_loss(make(), question_batch(3)).value
+
+
+def test_given_answers_are_learned_where_the_step_is_off_policy() -> None:
+    method, batch = make(on_policy_share=0.0), question_batch(3)
+    loss = only_loss(method, batch)
+    assert not method.family.rollouts
+    assert loss.count == 6  # a token and the end, three times
+
+
+def test_the_share_of_on_policy_steps_is_kept() -> None:
+    method, batch = make(on_policy_share=0.3), question_batch(1)
+    for step in range(200):
+        list(method.losses(batch, START._replace(step=step)))
+    assert 40 <= len(method.family.rollouts) <= 80
+
+
+def test_answers_depend_neither_on_what_the_teacher_is_shown_nor_on_the_loss() -> None:
+    first = make(OPSD, exposure=1.0)
+    others = [make(OPSD, exposure=0.25), make(OPSD, divergence="jsd"), make(select="q3")]
+    for method in (first, *others):
+        only_loss(method, question_batch(4))
+    tokens = first.family.rollouts[0].tokens
+    assert all(torch.equal(method.family.rollouts[0].tokens, tokens) for method in others)
+
+
+def test_opsd_shows_the_solution_to_the_teacher_alone() -> None:
+    method = make(OPSD)
+    only_loss(method, question_batch(2))
+    assert {call["exposure"] for call in method.teacher.calls} == {1.0}
+    assert {call["exposure"] for call in method.student.calls} == {None}
+
+
+def test_opsd_of_the_same_weights_learns_from_what_is_shown_alone() -> None:
+    shown = student_gradients(make(OPSD, teacher=Network(1)), [question_batch(3)])
+    assert shown.abs().max() > 1e-3
+    hidden = student_gradients(make(OPD, teacher=Network(1)), [question_batch(3)])
+    assert hidden.abs().max() < 1e-12
+
+
+def test_a_clipped_token_keeps_its_direction() -> None:
+    method, batch = make(token_clip=0.05), question_batch(3)
+    loss = only_loss(method, batch)
+    ours, theirs, mask = both_logits(method, batch)
+    p, q = F.log_softmax(ours, -1), F.log_softmax(theirs, -1).detach()
+    error = (p.exp() * (p - q)).sum(-1)[mask]
+    scale = (0.05 / error.detach()).clamp(max=1.0)
+    assert scale.min() < 1
+    torch.testing.assert_close(loss.value, (error * scale).mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"support": "teacher", "correction": "none"}, "allow_biased"),
+        ({"entry_clip": 0.05}, "forward-kl or jsd"),
+        ({"divergence": "sampled", "support": "teacher"}, "leave support full"),
+        ({"divergence": "sampled", "on_policy_share": 0.5}, "student's own"),
+        ({"retention": 0.0}, r"retention must be in \(0, 1\]"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"on_policy_share": 2.0}, "on_policy_share"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make(**options)
