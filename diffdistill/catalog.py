@@ -46,9 +46,11 @@ FAMILIES = {
 
 REWARDS = {
     "aesthetic": "diffdistill.rewards.aesthetic:Aesthetic",
+    "boxed": "diffdistill.rewards.boxed:Boxed",
     "clip": "diffdistill.rewards.clip:Clip",
     "digits-video": "diffdistill.rewards.digits_video:DigitsVideo",
     "hps-v2": "diffdistill.rewards.hps_v2:HPSv2",
+    "json-answer": "diffdistill.rewards.json_answer:JsonAnswer",
     "pickscore": "diffdistill.rewards.pickscore:PickScore",
     "video-reward": "diffdistill.rewards.video_reward:VideoReward",
 }
