@@ -4,7 +4,7 @@ Both models are asked for their prediction of every token of the student's answe
 own condition, and the predictions are compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.estimators import policy_gradient_map
+from diffdistill.policy import discounted, informed_weights
 from diffdistill.projection import Prediction, TokenMap, token_maps
 from diffdistill.supports import Correction, Support, TopK, truncated_divergence
 from diffdistill.text.answering import Attempt, mean_loss
@@ -40,6 +41,10 @@ class Comparing(Selecting):
         importance_clip: Of ``sampled``: weigh each token by the ratio of student to sampler, but by
             no more than this (5 in G-OPD's code); null does not weigh.
         beta: Of ``jsd``: 0.5 is symmetric; at 0 and at 1 it is 0, and not a KL.
+        discount: Of ``sampled``: add to each token's reward those of later ones, times this to the
+            power of their distance (0 in Thinking Machines; 0.99 in beta-OPSD).
+        informed: Of ``sampled``: weigh early disagreements more, by up to 1 plus this (IW-OPD,
+            arXiv:2606.22600, where it is 0.5).
         support: Which tokens of the vocabulary are compared: ``full`` is all; ``teacher`` or
             ``student`` the most likely of one side, ``intersection`` those of both.
         support_size: How many of a side's, where the support is not full.
@@ -61,6 +66,8 @@ class Comparing(Selecting):
     divergence: Divergence = "reverse-kl"
     baseline: bool = True
     importance_clip: float | None = None
+    discount: float = 0.0
+    informed: float = 0.0
     beta: float = 0.5
     support: Support | Literal["full"] = "full"
     support_size: int = 20
@@ -187,14 +194,23 @@ class Comparing(Selecting):
             if self.baseline:
                 wanted.append("reverse-kl")
             maps = self._maps(attempt, theirs, chosen, wanted, reference, strength)
-        logprob = maps["logprob"]
-        reward = maps["teacher-logprob"] - logprob.detach()
-        if self.baseline and "reverse-kl" in maps:
-            reward = reward + maps["reverse-kl"].detach()
-        if self.importance_clip is not None and attempt.answers.logprobs is not None:
-            ratio = (logprob.detach() - attempt.answers.logprobs).exp()
-            reward = reward * ratio.clamp_max(self.importance_clip)
-        return maps | {"divergence": policy_gradient_map(logprob, reward)}
+        reward = self._reward(attempt, maps, chosen)
+        return maps | {"divergence": policy_gradient_map(maps["logprob"], reward)}
+
+    @torch.no_grad()
+    def _reward(self, attempt: Attempt, maps: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
+        """Return the reward of each sampled token, ``[B, A]``."""
+        logprob, sampler = maps["logprob"], attempt.answers.logprobs
+        assert sampler is not None, "divergence sampled is for answers of the student's own"
+        gap = maps["teacher-logprob"] - logprob
+        reward = gap + maps["reverse-kl"] if "reverse-kl" in maps else gap
+        if self.discount:
+            reward = discounted(reward, chosen, self.discount)
+        if self.informed:
+            reward = reward * informed_weights(gap, chosen, self.informed)
+        if self.importance_clip is not None:
+            reward = reward * (logprob - sampler).exp().clamp_max(self.importance_clip)
+        return reward
 
     def _truncated(
         self, attempt: Attempt, theirs: Prediction | TopK, chosen: Tensor, support: Support

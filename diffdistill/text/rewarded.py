@@ -6,8 +6,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.policy import Aggregation, aggregate, clipped_policy_map, group_advantages
-from diffdistill.projection import token_logprob
+from diffdistill.policy import (
+    Mean,
+    Ratio,
+    Scale,
+    aggregate,
+    cispo_map,
+    clipped_policy_map,
+    group_advantages,
+)
 from diffdistill.text.answering import Answering, Attempt
 from diffdistill.verifying import AnswerReward
 
@@ -27,16 +34,22 @@ class Rewarded(Answering):
         clip_low: The ratio of student to sampler is not followed below 1 minus this.
         clip_high: Nor above 1 plus this; 0.28 in DAPO.
         ratio: The ratio of each ``token``, or of the whole ``sequence`` (GSPO).
+        surrogate: ``clip`` is PPO's; ``cispo`` weighs by the ratio up to ``ratio_most``, and never
+            silences a token.
+        ratio_most: Largest ratio: of ``cispo`` (5 in ScaleRL), and of ``clip`` where the advantage
+            is negative (dual-clip PPO, 3 in SDAR); null bounds none.
         drop_cut: Answers that were cut at ``max_tokens`` teach nothing (DAPO).
     """
 
     reward: AnswerReward
     num_answers: int = 8
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    aggregation: Aggregation = "dapo"
+    scale_rewards: Scale = "group"
+    aggregation: Mean = "dapo"
     clip_low: float = 0.2
     clip_high: float = 0.28
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Ratio = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"
+    ratio_most: float | None = None
     drop_cut: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +57,8 @@ class Rewarded(Answering):
         super().__post_init__()
         if self.num_answers < 2:
             raise ValueError("num_answers must be at least 2: answers are compared with each other")
+        if self.surrogate == "cispo" and self.ratio_most is None:
+            raise ValueError("surrogate cispo needs ratio_most, such as 5")
 
     @torch.no_grad()
     def rewards(self, attempt: Attempt) -> Tensor:
@@ -60,32 +75,33 @@ class Rewarded(Answering):
         answers = attempt.answers
         return answers.mask & answers.ended[:, None] if self.drop_cut else answers.mask
 
-    def policy(
-        self, attempt: Attempt, advantages: Tensor, logprob: Tensor | None = None
-    ) -> tuple[Tensor, int]:
+    def policy(self, attempt: Attempt, advantages: Tensor, logprob: Tensor) -> tuple[Tensor, int]:
         """Return the policy-gradient loss of a micro-batch, and what it is the mean of.
 
         Args:
             attempt: The answers.
             advantages: Of each answer ``[B]``, or of each token ``[B, A]``.
-            logprob: The student's log-probability of each token, with its graph, if it is there.
+            logprob: The student's log-probability of each token ``[B, A]``, with its graph.
         """
         answers, mask = attempt.answers, self.rewarded_tokens(attempt)
-        if logprob is None:
-            logprob = token_logprob(
-                attempt.prediction, answers.tokens, mask=mask, temperature=self.temperature
-            )
         assert answers.logprobs is not None, "rewards are for answers of the student's own"
-        error = clipped_policy_map(
+        error = self._surrogate(logprob, answers.logprobs, advantages, mask)
+        return aggregate(error, mask, self.aggregation, max_tokens=self.max_tokens)
+
+    def _surrogate(self, logprob: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        if self.surrogate == "cispo":
+            assert self.ratio_most is not None
+            return cispo_map(logprob, old, advantages, self.ratio_most, ratio=self.ratio, mask=mask)
+        return clipped_policy_map(
             logprob,
-            answers.logprobs,
+            old,
             advantages,
             self.clip_low,
             self.clip_high,
             ratio=self.ratio,
             mask=mask,
+            dual_clip=self.ratio_most,
         )
-        return aggregate(error, mask, self.aggregation, max_tokens=self.max_tokens)
 
     def told(self, attempt: Attempt, rewards: Tensor) -> dict[str, Tensor]:
         """Return what to log; ``flat_groups`` is the share of questions that teach nothing."""

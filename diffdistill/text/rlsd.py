@@ -27,8 +27,11 @@ class RLSD(Rewarded):
         teacher: Sees the reference solution.
         form: ``rlsd`` weighs by teacher over student where the advantage is positive, and by the
             inverse where it is not; ``rlrt`` by the inverse of that, on rewarded answers only.
-        share: Of the weight; the rest of the advantage is the same for all tokens.
+        share: How much of the advantage is weighed; 0.5 in both.
+        share_steps: Steps over which the share falls to 0 (100 in SDAR's code of RLSD); null keeps
+            it.
         weight_clip: Weights stay within 1 minus and plus this.
+        right: With ``rlrt``, the reward from which an answer is right.
         exposure: What the teacher is shown of the reference solution.
     """
 
@@ -40,7 +43,9 @@ class RLSD(Rewarded):
     teacher: Any
     form: Literal["rlsd", "rlrt"] = "rlsd"
     share: float = 0.5
+    share_steps: int | None = None
     weight_clip: float = 0.2
+    right: float = 1.0
     exposure: float = 1.0
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
@@ -59,9 +64,13 @@ class RLSD(Rewarded):
             theirs,
             mask,
             form=self.form,
-            share=self.share,
+            share=self.share * self._left(progress.step),
             clip=self.weight_clip,
-            rewarded=rewards > 0,
+            rewarded=rewards >= self.right if self.form == "rlrt" else None,
         )
         value, count = self.policy(attempt, advantages, ours)
         yield Loss("student", value, count, metrics=self.told(attempt, rewards))
+
+    def _left(self, step: int) -> float:
+        """Return what is left of the share at a step."""
+        return 1.0 if self.share_steps is None else max(0.0, 1.0 - step / self.share_steps)
