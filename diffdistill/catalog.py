@@ -17,13 +17,22 @@ from typing import Any
 from diffdistill.errors import UserError
 
 METHODS = {
+    "atesd": "diffdistill.text.atesd:ATESD",
     "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "confidence": "diffdistill.methods.confidence:Confidence",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
     "dmd": "diffdistill.methods.dmd:DMD",
+    "egx": "diffdistill.text.egx:EGX",
+    "exopd": "diffdistill.text.exopd:ExOPD",
     "gold": "diffdistill.methods.gold:GOLD",
+    "grpo": "diffdistill.text.grpo:GRPO",
     "off-policy": "diffdistill.methods.off_policy:OffPolicy",
+    "opd": "diffdistill.text.opd:OPD",
+    "opsd": "diffdistill.text.opsd:OPSD",
+    "rlsd": "diffdistill.text.rlsd:RLSD",
+    "sdar": "diffdistill.text.sdar:SDAR",
+    "sdpo": "diffdistill.text.sdpo:SDPO",
     "sdtt": "diffdistill.methods.sdtt:SDTT",
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",

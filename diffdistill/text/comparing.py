@@ -148,12 +148,12 @@ class Comparing(Selecting):
             )
         else:
             wanted: list[TokenMap] = [self.divergence, *more]
-            maps = self._maps(attempt, theirs, chosen, wanted, reference, strength)
+            maps = self.token_maps(attempt, theirs, chosen, wanted, reference, strength)
             maps["divergence"] = maps.pop(self.divergence)
         error = self._clipped(maps.pop("divergence"))
         return {name: value.detach() for name, value in maps.items()} | {"divergence": error}
 
-    def _maps(
+    def token_maps(
         self,
         attempt: Attempt,
         theirs: Prediction | None,
@@ -162,6 +162,16 @@ class Comparing(Selecting):
         reference: Prediction | None = None,
         strength: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """Return maps ``[B, A]`` with their graphs, under the method's options.
+
+        Args:
+            attempt: The student's answers and predictions.
+            theirs: The teacher's predictions, if a map is about them.
+            chosen: The tokens to compute, bool ``[B, A]``.
+            wanted: The maps; those that are logged come with them.
+            reference: See ``compared``.
+            strength: See ``compared``.
+        """
         logged = LOGGED if theirs is not None else LOGGED[:1]
         return token_maps(
             attempt.prediction,
@@ -187,13 +197,13 @@ class Comparing(Selecting):
     ) -> dict[str, Tensor]:
         if isinstance(theirs, TopK):
             assert theirs.tokens is not None, "a server says how likely the sampled token is"
-            maps = self._maps(attempt, None, chosen, ["logprob"])
+            maps = self.token_maps(attempt, None, chosen, ["logprob"])
             maps["teacher-logprob"] = theirs.tokens
         else:
             wanted: list[TokenMap] = ["logprob", "teacher-logprob", *more]
             if self.baseline:
                 wanted.append("reverse-kl")
-            maps = self._maps(attempt, theirs, chosen, wanted, reference, strength)
+            maps = self.token_maps(attempt, theirs, chosen, wanted, reference, strength)
         reward = self._reward(attempt, maps, chosen)
         return maps | {"divergence": policy_gradient_map(maps["logprob"], reward)}
 

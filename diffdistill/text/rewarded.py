@@ -55,10 +55,15 @@ class Rewarded(Answering):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        if self.num_answers < 2:
+        if self.compares and self.num_answers < 2:
             raise ValueError("num_answers must be at least 2: answers are compared with each other")
         if self.surrogate == "cispo" and self.ratio_most is None:
             raise ValueError("surrogate cispo needs ratio_most, such as 5")
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers to a question are compared by their rewards."""
+        return True
 
     @torch.no_grad()
     def rewards(self, attempt: Attempt) -> Tensor:

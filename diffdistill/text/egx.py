@@ -1,0 +1,114 @@
+"""EGX: exposure, gate and extrapolation at once (ours; no paper has it).
+
+The student answers. The teacher reads the answers, shown as much of the reference solution as the
+controller says (ATESD: acts on what the teacher sees). The target lies beyond the teacher, away
+from a reference (ExOPD: acts on the target alone), and each token is weighed by how much likelier
+the teacher itself finds it (SDAR: acts on a weight alone). A reward of whole answers can be added.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffdistill.divergences import masked_mean
+from diffdistill.errors import UserError
+from diffdistill.projection import Prediction, TokenMap, token_logprob
+from diffdistill.supports import TopK
+from diffdistill.text.answering import Attempt, mean_loss
+from diffdistill.text.comparing import Divergence
+from diffdistill.text.exposed import Exposed
+from diffdistill.text.extrapolating import Extrapolating
+from diffdistill.text.gated import Gated
+from diffdistill.text.rewarded import Rewarded
+from diffdistill.types import Batch, Loss, Progress
+
+
+@dataclass(kw_only=True)
+class EGX(Exposed, Extrapolating, Gated, Rewarded):
+    """The joint objective; each axis at its neutral setting leaves the others' method alone.
+
+    Neutral are ``exposure_policy: fixed`` with exposure 1, ``strength`` 1, and ``gate_beta`` 0 with
+    ``gate_scale: unit``: all three are OPSD.
+
+    Attributes:
+        weight: Of the distilled term.
+        reward_weight: Of the rewarded term; at 0 nothing is verified.
+        gate_on: Whether the gate compares the student with the ``teacher``, so that the strength
+            does not change it, or with the ``target``.
+        gap_form: Take log(target / student) of the sampled token itself as the distilled map, as
+            SDAR does, in place of a divergence. Only with a gate does it teach anything.
+        branch: Questions none of whose answers parses are left to the reward alone.
+    """
+
+    roles: ClassVar = Extrapolating.roles
+
+    num_answers: int = 1
+    divergence: Divergence = "forward-kl"
+    gate_scale: Literal["plain", "unit", "centered"] = "unit"
+    guard: Literal["none", "relative", "constant"] = "relative"
+    weight: float = 1.0
+    reward_weight: float = 0.0
+    gate_on: Literal["teacher", "target"] = "teacher"
+    gap_form: bool = False
+    branch: bool = False
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
+        """Yield one loss: the distilled term, and the rewarded one."""
+        exposure = self.exposure_at(progress)
+        attempt = self.attempt(batch)
+        theirs = self.judgment(attempt, exposure=exposure)
+        if isinstance(theirs, TopK):
+            raise UserError("method egx needs a teacher of its own, not a server")
+        chosen = self.chosen(attempt, theirs) & self._taught(attempt)[:, None]
+        maps, told = self._distilled(attempt, theirs, chosen)
+        told |= self.watched(batch, attempt, theirs, exposure) | self.told_exposure(exposure)
+        loss = mean_loss(attempt, self.weight * maps.pop("divergence"), chosen, maps, **told)
+        yield self._with_reward(attempt, loss) if self.reward_weight else loss
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers to a question are compared by their rewards."""
+        return self.reward_weight > 0
+
+    def _taught(self, attempt: Attempt) -> Tensor:
+        """Return which answers learn from the teacher, bool ``[B]``."""
+        if not self.branch:
+            return torch.ones_like(attempt.answers.ended)
+        parses = self.reward.parses(self.family.spelled(attempt.answers))
+        groups = parses.view(-1, self.num_answers).any(dim=1)
+        return groups.repeat_interleave(self.num_answers).to(attempt.answers.ended.device)
+
+    def _distilled(
+        self, attempt: Attempt, theirs: Prediction, chosen: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """Return the gated map ``divergence`` with others, and what to log besides."""
+        reference = self.baseline_of(attempt)
+        strength = self.strengths(attempt, theirs, reference, chosen)
+        wanted: list[TokenMap] = ["logprob", "raw-teacher-logprob", "teacher-logprob"]
+        target = {"reference": reference, "strength": strength}
+        if self.gap_form:
+            maps = self.token_maps(attempt, theirs, chosen, wanted, **target)
+            maps["divergence"] = maps["teacher-logprob"] - maps["logprob"]
+        else:
+            maps = self.compared(attempt, theirs, chosen, wanted, **target)
+        judge = "raw-teacher-logprob" if self.gate_on == "teacher" else "teacher-logprob"
+        ours, judged = maps["logprob"].detach(), maps[judge]
+        gate = self.gates(attempt, ours, judged, maps, chosen)
+        maps["divergence"] = gate * maps["divergence"]
+        told: dict[str, Tensor | float] = {
+            "strength": masked_mean(strength, chosen),
+            "gate": masked_mean(gate, chosen),
+        }
+        return maps, told
+
+    def _with_reward(self, attempt: Attempt, loss: Loss) -> Loss:
+        """Return the loss with the rewarded term, as a mean over the same tokens."""
+        rewards = self.rewards(attempt)
+        mask, tokens = self.rewarded_tokens(attempt), attempt.answers.tokens
+        logprob = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)
+        value, _ = self.policy(attempt, self.advantages(rewards), logprob)
+        told = dict(loss.metrics) | self.told(attempt, rewards)
+        return replace(loss, value=loss.value + self.reward_weight * value, metrics=told)
