@@ -249,9 +249,12 @@ class _Sums:
 
     def __init__(self, form: Form, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
         self.form, self.types = form, [None if x is None else x.dtype for x in inputs]
+        exact = (False, True, True)  # what only one tile adds to needs no better type
         self.totals = [
-            torch.zeros_like(x, dtype=precise(x[:0]).dtype) if x is not None and wanted else None
-            for x, wanted in zip(inputs, needed, strict=True)
+            torch.zeros_like(x, dtype=precise(x[:0]).dtype if summed else x.dtype)
+            if x is not None and wanted
+            else None
+            for x, wanted, summed in zip(inputs, needed, exact, strict=True)
         ]
 
     def add_bias(self, slope: Tensor) -> None:

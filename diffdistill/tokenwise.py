@@ -76,7 +76,7 @@ class Maps:
             "teacher-entropy": lambda: -(pair.q * pair.other).sum(-1),
             "forward-kl": lambda: self._clipped(pair.q * pair.gap).sum(-1),
             "reverse-kl": lambda: -(pair.p * pair.gap).sum(-1),
-            "jsd": lambda: self._clipped(self._jsd_entries(pair)).sum(-1),
+            "jsd": lambda: self._clipped(jsd_entries(pair.own, pair.other, self.beta)).sum(-1),
         }
         return tuple(makers[name]() for name in self.wanted)
 
@@ -101,19 +101,13 @@ class Maps:
                     kept = self._unclipped(pair.q, lambda: pair.q * pair.gap)
                     total.addcmul_(kept, row, value=-1.0)
                 case "jsd" if self.beta not in (0.0, 1.0):
-                    slope = pair.p * (pair.own - pair.middle(self.beta))
-                    kept = self._unclipped(slope, lambda: self._jsd_entries(pair))
+                    slope = pair.p * (pair.own - log_mixture(pair.own, pair.other, self.beta))
+                    kept = self._unclipped(
+                        slope, lambda: jsd_entries(pair.own, pair.other, self.beta)
+                    )
                     total.addcmul_(kept, row, value=1.0 - self.beta)
         total.addcmul_(pair.p, total.sum(-1, keepdim=True), value=-1.0)
         return total if self.temperature == 1.0 else total.div_(self.temperature)
-
-    def _jsd_entries(self, pair: "_Pair") -> Tensor:
-        """Return what each token adds to the divergence, ``[n, V]``."""
-        if self.beta in (0.0, 1.0):
-            return torch.zeros_like(pair.p)
-        middle = pair.middle(self.beta)
-        theirs, ours = pair.q * (pair.other - middle), pair.p * (pair.own - middle)
-        return self.beta * theirs + (1.0 - self.beta) * ours
 
     def _clipped(self, entries: Tensor) -> Tensor:
         return entries if self.entry_clip is None else entries.clamp(max=self.entry_clip)
@@ -137,7 +131,7 @@ class _Pair:
     @cached_property
     def own(self) -> Tensor:
         """Return the log-probabilities of the student."""
-        return self._logprobs(self.block.logits)
+        return log_softmax(self.block.logits, self.temperature)
 
     @cached_property
     def p(self) -> Tensor:
@@ -147,7 +141,8 @@ class _Pair:
     @cached_property
     def raw(self) -> Tensor:
         """Return the log-probabilities of the teacher itself."""
-        return self._logprobs(self.block.others[0])
+        theirs = self.block.others[0].to(self.block.logits.dtype)
+        return log_softmax(theirs, self.temperature)
 
     @cached_property
     def other(self) -> Tensor:
@@ -165,7 +160,7 @@ class _Pair:
             # Finite, because 0 times the logit of a suppressed token would be NaN.
             ours, theirs = logits.clamp_min(IMPOSSIBLE), target.clamp_min(IMPOSSIBLE)
             target = (1.0 - part) * ours + part * theirs
-        return self._logprobs(target)
+        return log_softmax(target, self.temperature)
 
     @cached_property
     def q(self) -> Tensor:
@@ -176,10 +171,6 @@ class _Pair:
     def gap(self) -> Tensor:
         """Return how much likelier each token is to the target, as a logarithm."""
         return self.other - self.own
-
-    def middle(self, beta: float) -> Tensor:
-        """Return the log-probabilities of ``beta q + (1 - beta) p``."""
-        return torch.logaddexp(self.other + math.log(beta), self.own + math.log(1.0 - beta))
 
     def taken(self, logprobs: Tensor) -> Tensor:
         """Return the log-probability of each row's token, which may be beyond the vocabulary."""
@@ -194,11 +185,25 @@ class _Pair:
         words = total.shape[-1]
         total.scatter_add_(1, tokens.clamp(max=words - 1), row * (tokens < words))
 
-    def _logprobs(self, logits: Tensor) -> Tensor:
-        scaled = logits.to(self.block.logits.dtype)
-        if self.temperature != 1.0:
-            scaled = scaled / self.temperature
-        return F.log_softmax(scaled, dim=-1).clamp_min_(IMPOSSIBLE)
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities ``[n, V]``, ``IMPOSSIBLE`` at least."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return F.log_softmax(scaled, dim=-1).clamp_min_(IMPOSSIBLE)
+
+
+def jsd_entries(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return what each token adds to the generalized JSD, of log-probabilities ``[n, V]``."""
+    if beta in (0.0, 1.0):
+        return 0.0 * student
+    middle = log_mixture(student, teacher, beta)
+    theirs, ours = teacher.exp() * (teacher - middle), student.exp() * (student - middle)
+    return beta * theirs + (1.0 - beta) * ours
+
+
+def log_mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return the log-probabilities of ``beta teacher + (1 - beta) student``."""
+    return torch.logaddexp(teacher + math.log(beta), student + math.log(1.0 - beta))
 
 
 def extrapolated(teacher: Tensor, reference: Tensor, strength: Tensor) -> Tensor:
