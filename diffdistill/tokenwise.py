@@ -1,0 +1,218 @@
+"""Maps of two token distributions from blocks of their logits, and the maps' gradients.
+
+Every map's derivative in the student's log-probabilities is some ``a`` ``[n, V]``; that in its
+logits is then ``(a - p sum(a)) / temperature``, so that a term of ``a`` that is ``p`` times a
+number of the row makes no difference.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffdistill.recompute import Block
+
+TokenMap = Literal[
+    "logprob",
+    "teacher-logprob",
+    "raw-teacher-logprob",
+    "entropy",
+    "teacher-entropy",
+    "forward-kl",
+    "reverse-kl",
+    "jsd",
+]
+"""What ``token_maps`` can return. ``forward-kl`` is KL(teacher || student)."""
+
+IMPOSSIBLE = -1e30
+"""Stands for the log-probability of a suppressed token in sums: 0 times it is 0, not NaN."""
+
+ALONE = ("logprob", "entropy")
+"""The maps that need no teacher."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps of a student against a teacher, as a ``recompute.RowFunction``.
+
+    Of a block, ``others`` are the logits of the teacher and of the reference, where there are any;
+    ``columns`` may hold ``tokens``, ``strength`` and ``share``.
+
+    Attributes:
+        wanted: Which maps.
+        temperature: See ``projection.token_maps``.
+        beta: See there.
+        entry_clip: See there.
+    """
+
+    wanted: tuple[TokenMap, ...]
+    temperature: float = 1.0
+    beta: float = 0.5
+    entry_clip: float | None = None
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """Return which maps have a gradient."""
+        return tuple("teacher-" not in name for name in self.wanted)
+
+    def needs_others(self, given: Sequence[bool]) -> bool:
+        """Return whether one of the maps that ``given`` chooses is about the teacher."""
+        pairs = zip(self.wanted, given, strict=True)
+        return any(chosen and name not in ALONE for name, chosen in pairs)
+
+    def values(self, block: Block) -> tuple[Tensor, ...]:
+        """Return each map ``[n]``."""
+        pair = _Pair(block, self.temperature)
+        makers: Mapping[TokenMap, Callable[[], Tensor]] = {
+            "logprob": lambda: pair.taken(pair.own),
+            "teacher-logprob": lambda: pair.taken(pair.other),
+            "raw-teacher-logprob": lambda: pair.taken(pair.raw),
+            "entropy": lambda: -(pair.p * pair.own).sum(-1),
+            "teacher-entropy": lambda: -(pair.q * pair.other).sum(-1),
+            "forward-kl": lambda: self._clipped(pair.q * pair.gap).sum(-1),
+            "reverse-kl": lambda: -(pair.p * pair.gap).sum(-1),
+            "jsd": lambda: self._clipped(jsd_entries(pair.own, pair.other, self.beta)).sum(-1),
+        }
+        return tuple(makers[name]() for name in self.wanted)
+
+    def slope(
+        self, block: Block, values: Sequence[Tensor], upstream: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return the gradient in the student's logits ``[n, V]``."""
+        pair = _Pair(block, self.temperature)
+        total = torch.zeros_like(block.logits)
+        for name, given in zip(self.wanted, upstream, strict=True):
+            if given is None:
+                continue
+            row = given.to(total.dtype)[:, None]
+            match name:
+                case "logprob":
+                    pair.add_taken(total, row)
+                case "entropy":
+                    total.addcmul_(pair.p * pair.own, row, value=-1.0)
+                case "reverse-kl":
+                    total.addcmul_(pair.p * pair.gap, row, value=-1.0)
+                case "forward-kl":
+                    kept = self._unclipped(pair.q, lambda: pair.q * pair.gap)
+                    total.addcmul_(kept, row, value=-1.0)
+                case "jsd" if self.beta not in (0.0, 1.0):
+                    slope = pair.p * (pair.own - log_mixture(pair.own, pair.other, self.beta))
+                    kept = self._unclipped(
+                        slope, lambda: jsd_entries(pair.own, pair.other, self.beta)
+                    )
+                    total.addcmul_(kept, row, value=1.0 - self.beta)
+        total.addcmul_(pair.p, total.sum(-1, keepdim=True), value=-1.0)
+        return total if self.temperature == 1.0 else total.div_(self.temperature)
+
+    def _clipped(self, entries: Tensor) -> Tensor:
+        return entries if self.entry_clip is None else entries.clamp(max=self.entry_clip)
+
+    def _unclipped(self, slope: Tensor, entries: Callable[[], Tensor]) -> Tensor:
+        """Return a slope without the tokens whose entry is clipped."""
+        if self.entry_clip is None:
+            return slope
+        return slope * (entries() <= self.entry_clip)
+
+
+class _Pair:
+    """The distributions of both sides, each made when it is first asked for.
+
+    Log-probabilities are ``IMPOSSIBLE`` at least.
+    """
+
+    def __init__(self, block: Block, temperature: float) -> None:
+        self.block, self.temperature = block, temperature
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Return the log-probabilities of the student."""
+        return log_softmax(self.block.logits, self.temperature)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Return the probabilities of the student."""
+        return self.own.exp()
+
+    @cached_property
+    def raw(self) -> Tensor:
+        """Return the log-probabilities of the teacher itself."""
+        theirs = self.block.others[0].to(self.block.logits.dtype)
+        return log_softmax(theirs, self.temperature)
+
+    @cached_property
+    def other(self) -> Tensor:
+        """Return the log-probabilities of the target."""
+        logits, columns = self.block.logits, self.block.columns
+        strength, share = columns.get("strength"), columns.get("share")
+        if strength is None and share is None:
+            return self.raw
+        target = self.block.others[0].to(logits.dtype)
+        if strength is not None:
+            reference = self.block.others[1].to(logits.dtype)
+            target = extrapolated(target, reference, strength.to(logits.dtype)[:, None])
+        if share is not None:
+            part = share.to(logits.dtype)[:, None]
+            # Finite, because 0 times the logit of a suppressed token would be NaN.
+            ours, theirs = logits.clamp_min(IMPOSSIBLE), target.clamp_min(IMPOSSIBLE)
+            target = (1.0 - part) * ours + part * theirs
+        return log_softmax(target, self.temperature)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Return the probabilities of the target."""
+        return self.other.exp()
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """Return how much likelier each token is to the target, as a logarithm."""
+        return self.other - self.own
+
+    def taken(self, logprobs: Tensor) -> Tensor:
+        """Return the log-probability of each row's token, which may be beyond the vocabulary."""
+        tokens = self.block.columns["tokens"]
+        found = logprobs.gather(-1, tokens.clamp(max=logprobs.shape[-1] - 1)[:, None])[:, 0]
+        possible = (tokens < logprobs.shape[-1]) & (found > IMPOSSIBLE)
+        return torch.where(possible, found, -torch.inf)
+
+    def add_taken(self, total: Tensor, row: Tensor) -> None:
+        """Add numbers ``[n, 1]`` at each row's token, unless it is beyond the vocabulary."""
+        tokens = self.block.columns["tokens"][:, None]
+        words = total.shape[-1]
+        total.scatter_add_(1, tokens.clamp(max=words - 1), row * (tokens < words))
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities ``[n, V]``, ``IMPOSSIBLE`` at least."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return F.log_softmax(scaled, dim=-1).clamp_min_(IMPOSSIBLE)
+
+
+def jsd_entries(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return what each token adds to the generalized JSD, of log-probabilities ``[n, V]``."""
+    if beta in (0.0, 1.0):
+        return 0.0 * student
+    middle = log_mixture(student, teacher, beta)
+    theirs, ours = teacher.exp() * (teacher - middle), student.exp() * (student - middle)
+    return beta * theirs + (1.0 - beta) * ours
+
+
+def log_mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return the log-probabilities of ``beta teacher + (1 - beta) student``."""
+    return torch.logaddexp(teacher + math.log(beta), student + math.log(1.0 - beta))
+
+
+def extrapolated(teacher: Tensor, reference: Tensor, strength: Tensor) -> Tensor:
+    """Return the logits ``strength teacher + (1 - strength) reference``, ``[n, V]``.
+
+    What is impossible to a side that counts at all is impossible; at strength 1 they are exactly
+    the teacher's.
+    """
+    theirs = torch.where(teacher.isneginf(), teacher, strength * teacher)
+    others = torch.where(reference.isneginf(), reference, (1.0 - strength) * reference)
+    zero = torch.zeros_like(strength)
+    return torch.where(strength == 0.0, zero, theirs) + torch.where(strength == 1.0, zero, others)
