@@ -85,10 +85,8 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         self, attempt: Attempt, theirs: Prediction, chosen: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
         """Return the gated map ``divergence`` with others, and what to log besides."""
-        reference = self.baseline_of(attempt)
-        strength = self.strengths(attempt, theirs, reference, chosen)
+        target = self.target(attempt, theirs, chosen)
         wanted: list[TokenMap] = ["logprob", "raw-teacher-logprob", "teacher-logprob"]
-        target = {"reference": reference, "strength": strength}
         if self.gap_form:
             maps = self.token_maps(attempt, theirs, chosen, wanted, **target)
             maps["divergence"] = maps["teacher-logprob"] - maps["logprob"]
@@ -98,11 +96,7 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         ours, judged = maps["logprob"].detach(), maps[judge]
         gate = self.gates(attempt, ours, judged, maps, chosen)
         maps["divergence"] = gate * maps["divergence"]
-        told: dict[str, Tensor | float] = {
-            "strength": masked_mean(strength, chosen),
-            "gate": masked_mean(gate, chosen),
-        }
-        return maps, told
+        return maps, {"gate": masked_mean(gate, chosen), **self.told_strength(target, chosen)}
 
     def _with_reward(self, attempt: Attempt, loss: Loss) -> Loss:
         """Return the loss with the rewarded term, as a mean over the same tokens."""

@@ -8,7 +8,6 @@ teacher, seen from the reference.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffdistill.divergences import masked_mean
 from diffdistill.errors import UserError
 from diffdistill.supports import TopK
 from diffdistill.text.answering import mean_loss
@@ -33,14 +32,8 @@ class ExOPD(Extrapolating):
         theirs = self.judgment(attempt, exposure=self.exposure)
         if isinstance(theirs, TopK):
             raise UserError("method exopd needs a teacher of its own, not a server")
-        reference = self.baseline_of(attempt)
         chosen = self.chosen(attempt, theirs)
-        strength = self.strengths(attempt, theirs, reference, chosen)
-        maps = self.compared(attempt, theirs, chosen, reference=reference, strength=strength)
-        yield mean_loss(
-            attempt,
-            maps.pop("divergence"),
-            chosen,
-            maps,
-            strength=masked_mean(strength, chosen),
-        )
+        target = self.target(attempt, theirs, chosen)
+        maps = self.compared(attempt, theirs, chosen, **target)
+        told = self.told_strength(target, chosen)
+        yield mean_loss(attempt, maps.pop("divergence"), chosen, maps, **told)

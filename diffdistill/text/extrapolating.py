@@ -1,11 +1,13 @@
 """What methods share whose target lies beyond the teacher, away from a reference (G-OPD)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from diffdistill.divergences import masked_mean
 from diffdistill.extrapolation import (
     constant_floor,
     contract_positions,
@@ -68,31 +70,45 @@ class Extrapolating(Comparing):
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
 
     @torch.no_grad()
-    def baseline_of(self, attempt: Attempt) -> Prediction:
-        """Return what the reference predicts of the answers."""
-        found: Prediction = self.reference(attempt.state, self.family.condition(attempt.batch))
-        return found
+    def target(self, attempt: Attempt, theirs: Prediction, chosen: Tensor) -> dict[str, Any]:
+        """Return ``reference`` and ``strength`` of ``compared``; nothing where it is the teacher.
 
-    @torch.no_grad()
-    def strengths(
-        self, attempt: Attempt, theirs: Prediction, reference: Prediction, chosen: Tensor
-    ) -> Tensor:
+        Args:
+            attempt: The student's answers.
+            theirs: The teacher's prediction of them.
+            chosen: The tokens that are compared, bool ``[B, A]``.
+        """
+        if self.strength == 1:
+            return {}
+        reference = self.reference(attempt.state, self.family.condition(attempt.batch))
+        return {
+            "reference": reference,
+            "strength": self._strengths(theirs, reference, chosen),
+        }
+
+    def _strengths(self, theirs: Prediction, reference: Prediction, chosen: Tensor) -> Tensor:
         """Return the strength at each token, ``[B, A]``."""
-        asked = torch.full_like(attempt.state.x, self.strength, dtype=torch.float32)
+        asked = torch.full(chosen.shape, self.strength, device=chosen.device)
         if self.guard == "none":
             return asked
         options: dict[str, Any] = {"mask": chosen, "temperature": self.temperature}
         first, other = (top_logprobs(found, 1, **options) for found in (theirs, reference))
         known = logprobs_at(reference, first.ids, **options)[..., 0]
-        sure = first.logprobs[..., 0]
-        same = (first.ids == other.ids)[..., 0]
-        contract = contract_positions(sure, same, p_min=self.contract_probability)
+        sure, same = first.logprobs[..., 0], (first.ids == other.ids)[..., 0]
         floor = teacher_relative_floor if self.guard == "relative" else constant_floor
         return guarded_strength(
             asked,
             sure,
             known,
-            contract,
+            contract_positions(sure, same, p_min=self.contract_probability),
             tail_floor=floor(self.guard_size),
             margin=self.guard_margin,
         )
+
+    def told_strength(
+        self, target: Mapping[str, Tensor], chosen: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Return what to log of a target."""
+        if not target:
+            return {"strength": self.strength}
+        return {"strength": masked_mean(target["strength"], chosen)}
