@@ -66,7 +66,9 @@ def test_a_temperature_divides_the_logits_of_both_sides() -> None:
     torch.testing.assert_close(loss.value, naive("reverse-kl", ours / 1.7, theirs / 1.7, mask))
 
 
-@pytest.mark.parametrize("options", [{}, {"divergence": "sampled"}, {"support": "teacher"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "sampled"}, {"support": "teacher", "support_size": 3}]
+)
 def test_a_teacher_that_is_the_student_teaches_nothing(options: dict[str, Any]) -> None:
     method = make(teacher=Network(1), **options)
     gradient = student_gradients(method, [question_batch(3)])

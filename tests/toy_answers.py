@@ -116,7 +116,7 @@ def answers_of(tokens: Tensor, logprobs: Tensor | None) -> Answers:
     return Answers(tokens, mask, kept, ends.any(1))
 
 
-class Last:
+class FirstToken:
     """Rewards answers whose first token is the number of the question."""
 
     def score(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
