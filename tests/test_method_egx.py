@@ -113,7 +113,7 @@ def test_a_guard_lowers_the_strength_at_sure_tokens_alone() -> None:
     assert 1.0 <= guarded.metrics["strength"] < 1.5
     never = {"guard": "relative", "contract_probability": 0.9999}
     loose = only_loss(make(ExOPD, **never, **options), question_batch(6))
-    assert loose.metrics["strength"] == 1.5
+    assert guarded.metrics["strength"] < loose.metrics["strength"] <= 1.5
 
 
 def test_the_gate_on_the_teacher_does_not_change_with_the_strength() -> None:
