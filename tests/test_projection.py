@@ -1,7 +1,11 @@
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.projection import (
     Projection,
@@ -18,6 +22,7 @@ ROWS, WIDTH, WORDS = (2, 5), 4, 7
 ALL: tuple[TokenMap, ...] = (
     "logprob",
     "teacher-logprob",
+    "raw-teacher-logprob",
     "entropy",
     "teacher-entropy",
     "forward-kl",
@@ -44,6 +49,7 @@ def oracle(student: Tensor, teacher: Tensor, tokens: Tensor, beta: float) -> dic
     return {
         "logprob": (p.log() * pick).sum(-1),
         "teacher-logprob": (q.log() * pick).sum(-1),
+        "raw-teacher-logprob": (q.log() * pick).sum(-1),
         "entropy": -(p * p.log()).sum(-1),
         "teacher-entropy": -(q * q.log()).sum(-1),
         "forward-kl": (q * (q / p).log()).sum(-1),
@@ -72,7 +78,8 @@ def test_every_map_and_its_gradients_equal_the_dense_formula(
     expected = oracle(logits / temperature, target / temperature, tokens, 0.3)
     for index, name in enumerate(ALL):
         torch.testing.assert_close(maps[name], expected[name], rtol=1e-9, atol=1e-11)
-        if name.startswith("teacher"):
+        if "teacher" in name:
+            assert not maps[name].requires_grad
             continue
         upstream = randn(*ROWS, seed=50 + index, dtype=torch.float64)
         found = torch.autograd.grad(maps[name], leaves, upstream, retain_graph=True)
@@ -279,7 +286,7 @@ def test_no_more_than_one_tile_of_logits_is_there_at_a_time() -> None:
     )
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
@@ -295,3 +302,219 @@ def test_no_more_than_one_tile_of_logits_is_there_at_a_time() -> None:
 def test_a_projection_of_no_rows_has_no_logits() -> None:
     empty = projection(0)._replace(hidden=randn(0, WIDTH, seed=0, dtype=torch.float64))
     assert dense(empty).shape == (0, WORDS)
+
+
+STRENGTHS = torch.tensor([[1.0, 1.25, 0.0, 2.0, 0.5], [1.25, 1.0, 1.5, 0.0, 3.0]]).double()
+
+
+def strengthened(**options: Any) -> dict[str, Tensor]:
+    student, teacher, reference = projection(0), projection(10), projection(20)
+    return token_maps(
+        student, teacher, ALL, tokens=some_tokens(), reference=reference, **options
+    )  # fmt: skip
+
+
+def test_a_target_beyond_the_teacher_is_a_mixture_of_log_probabilities() -> None:
+    found = strengthened(strength=STRENGTHS, temperature=2.0, beta=0.3, tile_rows=3)
+    theirs, others = (dense(projection(n)).div(2.0).log_softmax(-1) for n in (10, 20))
+    mixed = STRENGTHS[..., None] * theirs + (1 - STRENGTHS[..., None]) * others
+    expected = oracle(dense(projection(0)) / 2.0, mixed, some_tokens(), 0.3)
+    raw = oracle(dense(projection(0)) / 2.0, theirs, some_tokens(), 0.3)["teacher-logprob"]
+    torch.testing.assert_close(found, expected | {"raw-teacher-logprob": raw})
+
+
+def test_the_gradient_against_a_target_is_that_against_its_logits() -> None:
+    student, reference = projection(0), projection(20)
+    leaves = leaves_of(student)
+    wanted: tuple[TokenMap, ...] = ("forward-kl", "reverse-kl", "jsd")
+    found = token_maps(
+        student, projection(10), wanted, reference=reference, strength=STRENGTHS, tile_rows=3
+    )
+    part = STRENGTHS[..., None]
+    target = part * dense(projection(10)) + (1 - part) * dense(reference)
+    expected = token_maps(student, target, wanted)
+    for name in wanted:
+        ours = torch.autograd.grad(found[name].sum(), leaves, retain_graph=True)
+        theirs = torch.autograd.grad(expected[name].sum(), leaves, retain_graph=True)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_strength_one_is_bitwise_the_teacher_alone_and_zero_the_reference() -> None:
+    student, teacher, tokens = projection(0), projection(10), some_tokens()
+    alone = token_maps(student, teacher, ALL, tokens=tokens)
+    found = strengthened(strength=torch.ones(ROWS).double())
+    assert all(torch.equal(found[name], alone[name]) for name in ALL)
+    reference = token_maps(student, projection(20), ALL, tokens=tokens)
+    found = strengthened(strength=torch.zeros(ROWS).double())
+    for name in set(ALL) - {"raw-teacher-logprob"}:
+        assert torch.equal(found[name], reference[name])
+
+
+@pytest.mark.parametrize("side", ["teacher", "reference", "both"])
+def test_what_is_impossible_to_a_side_of_the_target_stays_impossible(side: str) -> None:
+    own, teacher, reference = (dense(projection(n)) for n in (0, 10, 20))
+    for name, logits in {"teacher": teacher, "reference": reference}.items():
+        if side in (name, "both"):
+            logits[..., 2] = -torch.inf
+    own[..., 2] = -torch.inf
+    own.requires_grad_()
+    strength = STRENGTHS.clamp(0.25, 2.0)
+    strength[STRENGTHS == 1.0] = 1.5
+    tokens = some_tokens()
+    options: dict[str, Any] = {"tokens": tokens, "strength": strength}
+    maps = token_maps(own, teacher, ALL, reference=reference, **options)
+    kept = [0, 1, 3, 4, 5, 6]
+    options["tokens"] = torch.where(tokens > 2, tokens - 1, tokens % 2)
+    cut = token_maps(
+        own[..., kept], teacher[..., kept], ALL, reference=reference[..., kept], **options
+    )
+    picks = tokens != 2
+    for name in ALL:
+        usable = picks if "logprob" in name else torch.ones_like(picks)
+        if name != "raw-teacher-logprob" or side != "reference":
+            torch.testing.assert_close(maps[name][usable], cut[name][usable])
+    assert maps["teacher-logprob"][~picks].isneginf().all()
+    total = maps["forward-kl"] + maps["reverse-kl"] + maps["jsd"]
+    assert torch.autograd.grad(total.sum(), own)[0].isfinite().all()
+
+
+def test_the_raw_teacher_is_read_beside_a_mixture_with_the_student() -> None:
+    share = torch.full(ROWS, 0.5).double()
+    wanted: tuple[TokenMap, ...] = ("raw-teacher-logprob", "teacher-logprob")
+    found = token_maps(projection(0), projection(10), wanted, tokens=some_tokens(), share=share)
+    raw = token_logprob(projection(10), some_tokens())
+    torch.testing.assert_close(found["raw-teacher-logprob"], raw)
+    assert not torch.allclose(found["teacher-logprob"], raw)
+
+
+def test_a_clip_of_entries_is_that_of_opsd() -> None:
+    student, teacher, clip = projection(0), projection(10), 0.05
+    maps = token_maps(student, teacher, ("forward-kl", "jsd"), beta=0.3, entry_clip=clip)
+    p, q = dense(student).softmax(-1), dense(teacher).softmax(-1)
+    m = 0.3 * q + 0.7 * p
+    entries = {
+        "forward-kl": q * (q / p).log(),
+        "jsd": 0.3 * q * (q / m).log() + 0.7 * p * (p / m).log(),
+    }
+    for name, found in maps.items():
+        assert (entries[name] > clip).any()
+        torch.testing.assert_close(found, entries[name].clamp(max=clip).sum(-1))
+
+
+def test_the_gradient_of_a_clipped_forward_kl_lowers_what_is_clipped() -> None:
+    teacher = dense(projection(10))
+    logits = dense(projection(0)).requires_grad_()
+    value = token_maps(logits, teacher, ("forward-kl",), entry_clip=0.05)["forward-kl"]
+    found = torch.autograd.grad(value.sum(), logits)[0]
+    p, q = logits.softmax(-1), teacher.softmax(-1)
+    below = q * (q / p).log() < 0.05
+    rest = (q * below).sum(-1, keepdim=True)
+    torch.testing.assert_close(found, (p * rest - below * q).detach())
+    assert (found[~below] > 0).all()  # descent lowers them, and the teacher wants them raised
+    assert (q > p)[~below].all()
+
+
+def test_gradients_of_clipped_maps_pass_gradcheck() -> None:
+    teacher = dense(projection(10))
+
+    def maps(logits: Tensor) -> tuple[Tensor, ...]:
+        wanted: tuple[TokenMap, ...] = ("forward-kl", "jsd")
+        return tuple(token_maps(logits, teacher, wanted, entry_clip=0.05, beta=0.3).values())
+
+    assert torch.autograd.gradcheck(maps, [dense(projection(0)).requires_grad_()])
+
+
+def test_padding_of_two_sizes_is_impossible_to_both_sides() -> None:
+    student, teacher = projection(0, words=WORDS + 2), projection(10, words=WORDS + 5)
+    hidden = student.hidden.requires_grad_()
+    tokens = some_tokens()
+    found = token_maps(student, teacher, ALL, tokens=tokens, shared=WORDS)
+    ours, theirs = dense(student).clone(), dense(teacher)[..., : WORDS + 2].clone()
+    ours[..., WORDS:] = theirs[..., WORDS:] = -torch.inf
+    expected = token_maps(ours, theirs, ALL, tokens=tokens)
+    torch.testing.assert_close(found, expected)
+    for name in ("logprob", "entropy", "forward-kl", "reverse-kl", "jsd"):
+        pair = [
+            torch.autograd.grad(x[name].sum(), hidden, retain_graph=True)[0]
+            for x in (found, expected)
+        ]
+        torch.testing.assert_close(*pair)
+
+
+def test_the_log_probability_of_padding_is_minus_infinity() -> None:
+    student = projection(0, words=WORDS + 2)
+    hidden = student.hidden.requires_grad_()
+    tokens = some_tokens()
+    tokens[0, 3], tokens[1, 1] = WORDS, WORDS + 1
+    found = token_maps(student, None, ("logprob",), tokens=tokens, shared=WORDS)["logprob"]
+    assert found.isneginf().nonzero().tolist() == [[0, 3], [1, 1]]
+    slope = torch.autograd.grad(found, hidden, torch.ones(ROWS).double())[0]
+    assert slope.isfinite().all()
+
+
+class Products(TorchDispatchMode):
+    """Remembers how many rows went through matrix products with a vocabulary."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words, self.rows = words, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "mm" in str(func) and found.shape[-1] == self.words:
+            self.rows += len(found)
+        return found
+
+
+def test_rows_that_are_masked_out_or_not_trained_cost_nothing() -> None:
+    student, teacher, rows = projection(0), projection(10), math.prod(ROWS)
+    leaves_of(student)
+    mask = torch.zeros(ROWS, dtype=torch.bool)
+    mask[0, 1:4] = True
+    with Products(WORDS) as all_rows:
+        maps = token_maps(student, teacher, ("reverse-kl", "entropy"))
+    assert all_rows.rows == 2 * rows  # student and teacher
+    with Products(WORDS) as masked:
+        token_maps(student, teacher, ("reverse-kl",), mask=mask)
+    assert masked.rows == 2 * 3
+    with Products(WORDS) as again:
+        (maps["reverse-kl"] * mask).sum().backward()
+    assert again.rows == 2 * 3
+    maps = token_maps(student, teacher, ("entropy", "teacher-entropy"))
+    with Products(WORDS) as own:
+        maps["entropy"].sum().backward()
+    assert own.rows == rows  # the entropy's gradient does not need the teacher
+
+
+def test_gradients_of_half_precision_are_summed_in_float32() -> None:
+    rows, words = 64, 16
+    hidden, weight = randn(rows, WIDTH, seed=0), randn(words, WIDTH, seed=1)
+    tokens = torch.arange(rows) % words
+    parts = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+    cross_entropy(Projection(*parts), tokens, tile_rows=1).sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in parts]
+    cross_entropy(Projection(*exact), tokens).sum().backward()
+    for found, expected in zip(parts, exact, strict=True):
+        assert found.grad.dtype == torch.bfloat16
+        error = (found.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert error < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergence_entropy_and_gradients_are_those_of_trl(beta: float) -> None:
+    trl = pytest.importorskip("trl.kernels.chunked_divergence", reason="needs trl")
+    sides = [projection(n, dtype=torch.float32) for n in (0, 10)]
+    student = sides[0]._replace(scale=0.7, softcap=3.0)
+    leaves = leaves_of(student)
+    found, entropy = trl.ChunkedDivergenceFunction.apply(
+        student.hidden.flatten(0, 1), *student[1:3], sides[1].hidden.flatten(0, 1), *sides[1][1:3],
+        beta, 1.7, 0.7, 3.0,
+    )  # fmt: skip
+    name: TokenMap = {0.0: "forward-kl", 1.0: "reverse-kl"}.get(beta, "jsd")
+    maps = token_maps(student, sides[1], (name, "entropy"), temperature=1.7, beta=beta, tile_rows=3)
+    torch.testing.assert_close(maps[name].flatten(), found)
+    torch.testing.assert_close(maps["entropy"].flatten(), entropy)
+    upstream = randn(*ROWS, seed=5)
+    ours = torch.autograd.grad(maps[name], leaves, upstream)
+    torch.testing.assert_close(ours, torch.autograd.grad(found, leaves, upstream.flatten()))
