@@ -55,6 +55,11 @@ class TokenFamily(ModelFamily):
         """The tokenizer, of transformers."""
         return self.speller.tokenizer
 
+    @cached_property
+    def words(self) -> int:
+        """One more than the largest id of a token."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
     @property
     def eos_id(self) -> int:
         """Id of the token that ends a text.
