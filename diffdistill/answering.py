@@ -20,6 +20,7 @@ from diffdistill.pipelines.answers import AnswerSampler, BlockEvent, up_to_end
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.chats import Messages
 from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.roles import Role
 from diffdistill.sample_settings import TextSampleSettings
@@ -68,6 +69,12 @@ class _Task(NamedTuple):
     number: int
     context: list[int]
     canvas: list[int] | None
+
+
+def token_family(role: Role) -> TokenFamily:
+    """Return the family of a role that is a language model of any kind."""
+    assert isinstance(role.family, TokenFamily), f"{role.name} is no language model"
+    return role.family
 
 
 def language_family(role: Role) -> LanguageFamily:
@@ -210,10 +217,9 @@ def _acted(role: Role, device: torch.device, events: Iterator[BlockEvent]) -> It
         yield event
 
 
-def decoded(family: LanguageFamily, tokens: Sequence[int]) -> str:
+def decoded(family: TokenFamily, tokens: Sequence[int]) -> str:
     """Return a text without its special tokens."""
-    text: str = family.tokenizer.decode(list(tokens), skip_special_tokens=True)
-    return text
+    return family.decoded(tokens)
 
 
 def prompts_of(session: Session) -> list[Prompt]:

@@ -43,6 +43,7 @@ METHODS = {
 
 FAMILIES = {
     "bd3lm": "diffdistill.pipelines.bd3lm:BD3LM",
+    "causal-lm": "diffdistill.pipelines.causal_lm:CausalLM",
     "flux2-klein": "diffdistill.pipelines.flux2_klein:Flux2Klein",
     "llada2": "diffdistill.pipelines.llada2:LLaDA2",
     "mdlm": "diffdistill.pipelines.mdlm:MDLM",

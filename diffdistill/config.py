@@ -27,8 +27,9 @@ from pydantic import (
 from diffdistill import catalog
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
+from diffdistill.method import Kind
 from diffdistill.roles import RoleSettings
-from diffdistill.sample_settings import SampleSettings, TextSampleSettings
+from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -109,7 +110,7 @@ class RunConfig:
     roles: dict[str, RoleSettings]
     data: DataSettings
     train: TrainSettings
-    sample: SampleSettings | TextSampleSettings
+    sample: SampleSettings | TextSampleSettings | AnswerSampleSettings
     tracking: TrackingSettings
     evaluate: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
@@ -126,6 +127,12 @@ class RunConfig:
         assert isinstance(self.sample, TextSampleSettings), "a run of pictures gives no answers"
         return self.sample
 
+    @property
+    def replies(self) -> AnswerSampleSettings:
+        """The section ``sample`` of a run of autoregressive models."""
+        assert isinstance(self.sample, AnswerSampleSettings), "not of an autoregressive model"
+        return self.sample
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values that YAML and JSON can hold."""
         return _plain(asdict(self))
@@ -134,6 +141,13 @@ class RunConfig:
         """Write the resolved config as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
+
+SAMPLES: dict[Kind, type] = {
+    "pictures": SampleSettings,
+    "texts": TextSampleSettings,
+    "answers": AnswerSampleSettings,
+}
+"""The section ``sample`` of each kind of run."""
 
 SECTIONS: dict[str, type] = {
     "data": DataSettings,
@@ -189,7 +203,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     method = _named(values, "method", origin)
     family = _named(values, "family", origin)
     cls = catalog.load("method", method["name"])
-    settings = SECTIONS | ({"sample": TextSampleSettings} if cls.texts else {})
+    settings = SECTIONS | {"sample": SAMPLES[cls.kind()]}
     sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
     given_roles = _section(values.get("roles"), f"{origin}: roles")
     roles = _roles(cls, given_roles, origin)

@@ -8,14 +8,18 @@ from typing import NamedTuple
 import torch
 
 from diffdistill.data.batches import make_batches, prefetched
-from diffdistill.data.cache import Encoded, EncodedDataset, Entry, Examples
+from diffdistill.data.cache import Encoded, EncodedDataset, Encoder, Entry, Examples
 from diffdistill.data.dataset import open_dataset
+from diffdistill.data.problems import Problem
+from diffdistill.data.questions import read_questions
+from diffdistill.data.settings import DataSettings
 from diffdistill.data.stream import MicroBatch, Stream
 from diffdistill.data.streaming import Group, endless_texts, groups
 from diffdistill.data.texts import open_texts
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.pipelines.chats import Row
+from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_pair import FILLERS, TextPair
 from diffdistill.session import Session, flow_family
 from diffdistill.texts import Reader
@@ -54,18 +58,59 @@ def open_feed(
         UserError: If the data cannot be read, or does not suit the method.
     """
     data, pair = session.config.data, session.family
+    if isinstance(pair, Questions):
+        return _asked(session, pair, distributed)
     if isinstance(pair, TextPair) and data.streaming:
         return _streamed(session, pair, distributed)
     dataset = _open(session)
-    encoded = _encoded(session, dataset, output, distributed, say)
+    encoded = _encoded(session, pair, dataset, output, distributed, say)
     if isinstance(pair, TextPair) and data.packing:
         return _packed(session, pair, encoded, distributed)
 
     def batches(start: int) -> Generator[Batch]:
         order = _order(session, dataset.groups, distributed, start)
-        return make_batches(encoded, session.family, order, session.draws)
+        return make_batches(encoded, pair, order, session.draws)
 
     return Feed(batches, None if isinstance(pair, TextPair) else encoded)
+
+
+def _asked(session: Session, family: Questions, distributed: Distributed) -> Feed:
+    """Return questions as they are; their prompts are tokenized when a model is asked."""
+    data, seed = session.config.data, session.config.train.seed
+    for name, wrong in (("packing", data.packing), ("turns", data.turns == "each")):
+        if wrong:
+            raise UserError(
+                f"data.{name}={getattr(data, name)} is for masked diffusion: an autoregressive "
+                "model is asked each row's last question alone"
+            )
+
+    def read(settings: DataSettings, root: Path, problems: list[Problem]) -> Iterator[Example]:
+        found = read_questions(settings, root, problems)
+        uses = session.method.solutions()
+        return (example for example in found if family.usable(example, solutions=uses))
+
+    if data.streaming:
+        examples = endless_texts(data, seed, read=read)
+
+        def collate(group: Group[Example]) -> Batch:
+            return family.collate(group.items, group.ids)
+
+        def streamed(start: int) -> Generator[Batch]:
+            where = {"rank": distributed.rank, "world": distributed.world, "start": start}
+            return prefetched(groups(examples, data.batch_size, **where), collate, family.device)
+
+        return Feed(streamed)
+    dataset = open_texts(data, read=read)
+    family.release()
+
+    def make(micro: MicroBatch) -> Batch:
+        return family.collate([dataset[index] for index in micro.indices], micro.ids)
+
+    def batches(start: int) -> Generator[Batch]:
+        order = _order(session, dataset.groups, distributed, start)
+        return prefetched(order, make, family.device)
+
+    return Feed(batches)
 
 
 def _open(session: Session) -> Examples:
@@ -93,6 +138,7 @@ def _check_clip(session: Session, num_frames: int) -> None:
 
 def _encoded(
     session: Session,
+    family: Encoder,
     dataset: Examples,
     output: Path,
     distributed: Distributed,
@@ -100,7 +146,7 @@ def _encoded(
 ) -> EncodedDataset:
     data = session.config.data
     folder = Path(data.cache) if data.cache else output / "cache"
-    encoded = EncodedDataset(dataset, session.family, folder)
+    encoded = EncodedDataset(dataset, family, folder)
     with torch.no_grad():
         encoded.prepare(
             distributed.rank,

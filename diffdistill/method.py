@@ -2,9 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
+from diffdistill.rollouts import Solutions
 from diffdistill.types import Batch, Loss, Progress
+
+Kind: TypeAlias = Literal["pictures", "texts", "answers"]
+"""What a run is of: images and videos, masked-diffusion or autoregressive language models."""
 
 
 class Method(ABC):
@@ -26,6 +30,13 @@ class Method(ABC):
     texts: ClassVar[bool] = False
     answers: ClassVar[bool] = False
 
+    @classmethod
+    def kind(cls) -> Kind:
+        """Return what a run of it is of."""
+        if cls.answers:
+            return "answers"
+        return "texts" if cls.texts else "pictures"
+
     @abstractmethod
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield each loss in turn. The trainer back-propagates one before asking for the next."""
@@ -41,6 +52,13 @@ class Method(ABC):
     def needs_images(self) -> bool:
         """Return whether every example must have an image."""
         return False
+
+    def solutions(self) -> Solutions:
+        """Return what becomes of reference solutions; unless unused, every question must have one.
+
+        Of methods with ``answers``. A solution that is shown must fit into the teacher's prompt.
+        """
+        return "unused"
 
     def check_clip(self, num_frames: int) -> None:  # noqa: B027 - most take any
         """Refuse clips of so many pixel frames, and of such a family, before they are encoded.

@@ -18,7 +18,7 @@ from diffdistill.sampling import (
     makes_videos,
     rollout_figure,
 )
-from diffdistill.session import Session
+from diffdistill.session import Session, flow_family
 from diffdistill.types import Batch, Example
 
 NUM_PROMPTS = 8
@@ -105,7 +105,7 @@ class Painter:
         """Return a batch of the first examples that share a size."""
         groups = self.dataset.groups
         alike = [i for i, group in enumerate(groups) if group == groups[0]][:NUM_ROLLOUTS]
-        batch = self.session.family.collate([self.encoded[i] for i in alike])
+        batch = flow_family(self.session).collate([self.encoded[i] for i in alike])
         batch["ids"] = torch.tensor(alike, device=self.session.device)
         batch["prompts"] = [self.dataset.prompts[i] for i in alike]
         return batch

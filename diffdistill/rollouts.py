@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from diffdistill.draws import Draws
 from diffdistill.projection import Prediction
 from diffdistill.texts import Reader
 from diffdistill.types import Batch, Condition, Example, State
+
+Solutions: TypeAlias = Literal["unused", "learned", "shown"]
+"""What becomes of reference solutions: given to the student as answers, or shown to a teacher."""
 
 
 class Answers(NamedTuple):

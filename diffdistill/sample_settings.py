@@ -1,9 +1,9 @@
-"""The ``sample`` section of a config file: of images and videos, and of texts."""
+"""The ``sample`` section of a config file: of images and videos, of texts, and of answers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from diffdistill.pipelines.unmasking import Schedule
 
@@ -78,5 +78,36 @@ class TextSampleSettings:
     temperature: NonNegativeFloat = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     guidance: float = 1.0
+    seed: int = 0
+    batch_size: PositiveInt = 8
+
+
+@dataclass(kw_only=True)
+class AnswerSampleSettings:
+    """The answers that an autoregressive model writes, in training to look at, and anywhere else.
+
+    Rollouts are sampled as the method says, not as this section does.
+
+    Attributes:
+        every: Training steps between sample answers; None writes none.
+        prompts: Questions to ask; empty takes the first of the data.
+        num_prompts: Questions to take of the data, where there are no ``prompts``.
+        num_answers: Answers to each question; they differ at a temperature above 0.
+        max_tokens: Tokens of an answer.
+        temperature: 0 takes the most likely token, 1 samples from the model.
+        top_p: Sample only from the most likely tokens that together have this probability.
+        top_k: Sample only from so many most likely tokens; 0 is all.
+        seed: Seed of the answers.
+        batch_size: Answers that are written at a time.
+    """
+
+    every: PositiveInt | None = None
+    prompts: list[str] = field(default_factory=list)
+    num_prompts: PositiveInt = 4
+    num_answers: PositiveInt = 1
+    max_tokens: PositiveInt = 512
+    temperature: NonNegativeFloat = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
     seed: int = 0
     batch_size: PositiveInt = 8

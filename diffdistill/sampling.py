@@ -169,7 +169,7 @@ def prompt_batch(
     session: Session, encoded: Encoded, chosen: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
     """Return the batch of ``chosen`` images, each given as (index of its prompt, its number)."""
-    batch = session.family.collate([encoded.items[prompt] for prompt, _ in chosen])
+    batch = flow_family(session).collate([encoded.items[prompt] for prompt, _ in chosen])
     ids = [prompt * IMAGES_PER_PROMPT + number for prompt, number in chosen]
     batch["ids"] = torch.tensor(ids, device=session.device)
     batch["prompts"] = [encoded.prompts[prompt] for prompt, _ in chosen]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,16 +12,30 @@ from diffdistill.bundled import bundled
 from diffdistill.config import RunConfig
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
-from diffdistill.method import Method
+from diffdistill.method import Kind, Method
 from diffdistill.panel import Deferred, Panel
+from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.model_family import ModelFamily
+from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.verifying import AnswerReward
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+KINDS: dict[Kind, tuple[type, str, str]] = {
+    "pictures": (FlowFamily, "images and videos", "flux2-klein"),
+    "texts": (LanguageFamily, "texts", "bd3lm"),
+    "answers": (CausalLM, "autoregressive language models", "causal-lm"),
+}
+"""Of each kind of run: the class of its family, what it is of, and such a family's name."""
+
+Read: TypeAlias = FlowFamily | TextPair | Questions
+"""What reads a run's data, and is the family that its method knows."""
 
 
 @dataclass
@@ -31,7 +45,7 @@ class Session:
     Attributes:
         config: The checked config.
         family: The model family, with its encoders; of language models, the student's and the
-            teacher's.
+            teacher's, which read texts or questions.
         roles: The models.
         method: The method, wired to them.
         draws: The random numbers of the run.
@@ -39,7 +53,7 @@ class Session:
     """
 
     config: RunConfig
-    family: FlowFamily | TextPair
+    family: Read
     roles: Roles
     method: Method
     draws: Draws
@@ -81,11 +95,20 @@ def text_pair(session: Session) -> TextPair:
     """Return the readers of a session, which has to be of texts.
 
     Raises:
-        UserError: If it is of images or videos.
+        UserError: If it is of images or videos, or of an autoregressive model.
     """
     if isinstance(session.family, TextPair):
         return session.family
-    raise UserError(f"family {session.config.family['name']} makes images or videos, not texts")
+    name = session.config.family["name"]
+    if isinstance(session.family, Questions):
+        raise UserError(f"family {name} is autoregressive, and this is for masked diffusion")
+    raise UserError(f"family {name} makes images or videos, not texts")
+
+
+def questions(session: Session) -> Questions:
+    """Return the readers of a session of an autoregressive model."""
+    assert isinstance(session.family, Questions), "commands ask for the kind of a run before"
+    return session.family
 
 
 def resolve_model(path: str) -> str:
@@ -102,8 +125,10 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     """
     device = device or default_device()
     family = build_family(config.family, device)
+    _check_kind(config, family)
     others = _other_families(config, family, device)
     _check_quantized(config)
+    read = _read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
     for role in roles.by_name.values():
@@ -115,9 +140,19 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         _check_compilable(family, roles)
         for network in roles.networks():  # of language models, what is called
             getattr(network, "base_model", network).compile()
-    read = _read_by(config, family, others)
     method = _wire(config, read, roles, draws)
     return Session(config, read, roles, method, draws, device)
+
+
+def _check_kind(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a family that is not of the kind of the method."""
+    name = config.method["name"]
+    cls, what, other = KINDS[catalog.load("method", name).kind()]
+    if not isinstance(family, cls):
+        raise UserError(
+            f"method {name} is for {what}: it needs a family such as family.name: {other}, not "
+            f"{config.family['name']}"
+        )
 
 
 def _check_compilable(family: ModelFamily, roles: Roles) -> None:
@@ -133,38 +168,63 @@ def _check_compilable(family: ModelFamily, roles: Roles) -> None:
 
 def _other_families(
     config: RunConfig, family: ModelFamily, device: torch.device
-) -> dict[str, LanguageFamily]:
+) -> dict[str, TokenFamily]:
     """Return the family of each role that is not of the run's.
 
     Raises:
-        UserError: If it is not the teacher of a text model.
+        UserError: If it is not the teacher of a text model, or of another kind than the student.
     """
     others = {}
     for name, role in config.roles.items():
         if role.family is None:
             continue
         other = build_family(role.family, device)
-        fits = isinstance(family, LanguageFamily) and isinstance(other, LanguageFamily)
-        if name != "teacher" or not fits:
+        if name != "teacher" or not isinstance(family, TokenFamily):
             raise UserError(f"roles.{name}.family: only the teacher of a text model may have one")
-        assert isinstance(other, LanguageFamily)
+        masked = isinstance(family, LanguageFamily)
+        if not isinstance(other, TokenFamily) or isinstance(other, LanguageFamily) != masked:
+            kind = "a masked-diffusion" if masked else "an autoregressive"
+            raise UserError(
+                f"roles.teacher.family: {role.family['name']} cannot teach "
+                f"{config.family['name']}: it must be {kind} model too"
+            )
+        if role.weights in ("ema", "live"):
+            raise UserError(
+                f"roles.teacher: its weights are {role.weights} of {role.of!r}, so it is of the "
+                "family of that role: leave roles.teacher.family out, or set weights: frozen"
+            )
         others[name] = other
     return others
 
 
-def _read_by(
-    config: RunConfig, family: ModelFamily, others: Mapping[str, LanguageFamily]
-) -> FlowFamily | TextPair:
-    """Return what reads the data: the family, or of texts both families."""
+def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenFamily]) -> Read:
+    """Return what reads the data: the family, or of language models both families.
+
+    Raises:
+        UserError: If they cannot read it together.
+    """
+    data = config.data
+    if isinstance(family, CausalLM):
+        asking = Asking(
+            student_prompt=data.student_prompt,
+            teacher_prompt=data.teacher_prompt,
+            student_thinking=data.student_thinking,
+            teacher_thinking=data.teacher_thinking,
+            max_prompt=data.max_prompt,
+            max_answer=data.max_answer,
+            skip=data.on_error == "skip",
+        )
+        return Questions(family, others.get("teacher", family), asking)
     if isinstance(family, LanguageFamily):
-        data = config.data
+        teacher = others.get("teacher", family)
+        assert isinstance(teacher, LanguageFamily)
         reading = Reading(
             turns="all" if data.turns == "all" else "last",
             packing=data.packing,
             truncate=data.truncate,
             skip=data.on_error == "skip",
         )
-        return TextPair(family, others.get("teacher", family), reading)
+        return TextPair(family, teacher, reading)
     assert isinstance(family, FlowFamily)
     return family
 
@@ -191,45 +251,72 @@ def _resolved(settings: Mapping[str, RoleSettings]) -> dict[str, RoleSettings]:
 
 
 def build_reward(config: RunConfig, device: torch.device) -> Reward:
-    """Return the judge of ``config``'s ``rewards``; several are one with all their axes.
+    """Return the judge of pictures of ``config``'s ``rewards``; several are one with all axes.
 
     Their weights are loaded when they are first asked; ``load_rewards`` loads them at once.
 
     Raises:
         UserError: If there is none.
     """
-    if not config.rewards:
-        known = catalog.listing(catalog.names("reward"))
-        raise UserError(f"method {config.method['name']} needs rewards: one of {known}")
-    rewards = []
-    for settings in config.rewards:
-        options = {k: v for k, v in settings.items() if k != "name"}
-        kind = catalog.load("reward", settings["name"])
-        rewards.append(Deferred(kind, {"device": device, **options}))
+    rewards = [Deferred(kind, options) for kind, options in _rewards(config, device)]
     return rewards[0] if len(rewards) == 1 else Panel(rewards)
 
 
+def build_answer_reward(config: RunConfig, device: torch.device) -> AnswerReward:
+    """Return the judge of answers of ``config``'s ``rewards``.
+
+    Raises:
+        UserError: If there is none, or more than one.
+    """
+    (kind, options), *others = _rewards(config, device)
+    if others:
+        raise UserError(
+            f"rewards: method {config.method['name']} takes one, and here are {1 + len(others)}"
+        )
+    reward: AnswerReward = kind(**options)
+    return reward
+
+
+def _rewards(config: RunConfig, device: torch.device) -> list[tuple[type, dict[str, Any]]]:
+    """Return class and options of each reward.
+
+    Raises:
+        UserError: If there is none, or one judges another kind of samples than the method makes.
+    """
+    name = config.method["name"]
+    if not config.rewards:
+        known = catalog.listing(catalog.names("reward"))
+        raise UserError(f"method {name} needs rewards: one of {known}")
+    of_answers = catalog.load("method", name).kind() == "answers"
+    rewards = []
+    for settings in config.rewards:
+        options = {k: v for k, v in settings.items() if k != "name"}
+        cls = catalog.load("reward", settings["name"])
+        if issubclass(cls, AnswerReward) != of_answers:
+            judged, made = ("images and videos", "answers")[:: 1 if of_answers else -1]
+            raise UserError(
+                f"rewards: {settings['name']} judges {judged}, and method {name} makes {made}"
+            )
+        rewards.append((cls, {"device": device, **options}))
+    return rewards
+
+
 def load_rewards(reward: Any) -> None:
-    """Load the weights of what ``build_reward`` returned.
+    """Load the weights of what ``build_reward`` returned; one of answers has none.
 
     Raises:
         UserError: If they are missing or do not fit.
     """
+    if isinstance(reward, AnswerReward):
+        return
     for member in getattr(reward, "members", [reward]):
         _ = member.loaded
 
 
-def _wire(config: RunConfig, family: FlowFamily | TextPair, roles: Roles, draws: Draws) -> Method:
+def _wire(config: RunConfig, family: Read, roles: Roles, draws: Draws) -> Method:
     cls = catalog.load("method", config.method["name"])
     options = {k: v for k, v in config.method.items() if k != "name"}
-    if cls.texts != isinstance(family, TextPair):
-        kind = "texts: it needs a family" if cls.texts else "images and videos: it needs a family"
-        other = "bd3lm" if cls.texts else "flux2-klein"
-        raise UserError(
-            f"method {config.method['name']} is for {kind} such as family.name: {other}, not "
-            f"{config.family['name']}"
-        )
-    if cls.streams != hasattr(family, "rollout"):
+    if isinstance(family, FlowFamily) and cls.streams != hasattr(family, "rollout"):
         able = "streams: it needs a family that does" if cls.streams else "does not stream"
         other = "wan-streaming" if cls.streams else "wan"
         raise UserError(
@@ -238,7 +325,8 @@ def _wire(config: RunConfig, family: FlowFamily | TextPair, roles: Roles, draws:
         )
     played: dict[str, Any] = {name: roles[name] for name in cls.roles}
     if "reward" in {item.name for item in fields(cls)}:
-        played["reward"] = build_reward(config, family.device)
+        build_judge = build_answer_reward if cls.kind() == "answers" else build_reward
+        played["reward"] = build_judge(config, family.device)
     try:
         return cls(family=family, draws=draws, **played, **options)
     except ValueError as error:

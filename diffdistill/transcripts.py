@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdistill.answering import Draft, Prompt, decoded, language_family, prompts_of, write
-from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.answering import Draft, Prompt, decoded, prompts_of, token_family, write
+from diffdistill.asking import as_prompt, questions_of, reply
+from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.roles import Role
+from diffdistill.sample_settings import AnswerSampleSettings, TextSampleSettings
 from diffdistill.sampling import inference
 from diffdistill.session import Session
 
@@ -20,29 +23,41 @@ class Scribe:
 
     def __init__(self, session: Session, output: Path, *, main: bool) -> None:
         self.session = session
-        self.settings = session.config.answers
         self.folder = output / "samples"
         self.main = main
-        self.prompts = [] if self.settings.every is None else prompts_of(session)
+        settings = session.config.sample
+        assert isinstance(settings, TextSampleSettings | AnswerSampleSettings)
+        self.every = settings.every
+        asks = isinstance(settings, AnswerSampleSettings)
+        self.questions = questions_of(session) if asks and self.every else []
+        self.prompts = [as_prompt(question) for question in self.questions]
+        if not asks and self.every:
+            self.prompts = prompts_of(session)
 
     def after_step(self, step: int) -> list[tuple[str, Path]]:
         """Return name and file of what was written after ``step``."""
-        every, total = self.settings.every, self.session.config.train.steps
+        every, total = self.every, self.session.config.train.steps
         if every is None or (step % every and step not in {1, total}):
             return []
         name = "average" if "average" in self.session.roles.by_name else "student"
         role = self.session.roles[name]
         with inference(self.session):
-            drafts = [d for d in write(role, self.prompts, self.settings) if d.done]
+            drafts = self._drafts(role)
         path = self.folder / f"step-{step:06d}.md"
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(transcript(step, self.prompts, drafts, language_family(role)))
+            path.write_text(transcript(step, self.prompts, drafts, token_family(role)))
         return [("answers", path)]
+
+    def _drafts(self, role: Role) -> list[Draft]:
+        config = self.session.config
+        if self.questions:
+            return list(reply(self.session, role, self.questions, config.replies))
+        return [draft for draft in write(role, self.prompts, config.answers) if draft.done]
 
 
 def transcript(
-    step: int, prompts: Sequence[Prompt], drafts: Sequence[Draft], family: LanguageFamily
+    step: int, prompts: Sequence[Prompt], drafts: Sequence[Draft], family: TokenFamily
 ) -> str:
     """Return prompts, what the data answers, and the answers, as Markdown."""
     parts = [f"# Step {step}"]

@@ -1,4 +1,4 @@
-"""What the families of language models share: tokenizer, template, layout, and the network.
+"""What the families of masked-diffusion language models share: mask token, lengths and layout.
 
 A family reads texts with its own tokenizer and predicts every hidden token of a row from one call.
 Subclasses differ in the call alone.
@@ -13,63 +13,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from diffdistill.errors import UserError
-from diffdistill.pipelines import loading, remote_code
+from diffdistill.pipelines import loading
 from diffdistill.pipelines.answers import AnswerSampler
-from diffdistill.pipelines.block_diffusion import SPARSE_TILE, Attention
-from diffdistill.pipelines.byte_spans import Speller
-from diffdistill.pipelines.chats import Row, chat_row, read_chat
-from diffdistill.pipelines.loading import DtypeName
-from diffdistill.pipelines.model_family import ModelFamily
+from diffdistill.pipelines.block_diffusion import SPARSE_TILE
+from diffdistill.pipelines.chats import Row
+from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.projection import Projection, without
 from diffdistill.texts import Format
 from diffdistill.types import Condition, State
 
 
 @dataclass(kw_only=True)
-class LanguageFamily(ModelFamily):
+class LanguageFamily(NetworkFamily):
     """A family of masked-diffusion language models on networks of transformers.
 
-    Nothing is loaded before it is used.
-
     Attributes:
-        path: Hub id or local folder with the network and its tokenizer.
-        device: Where everything runs.
-        dtype: Type of all weights; ``auto`` is bf16 on CUDA and fp32 elsewhere.
-        quantize: Storage of a frozen network: ``nf4`` or ``int8`` (bitsandbytes).
-        attention: ``sdpa`` everywhere; ``flex_attention`` skips what a block mask hides, on a GPU,
-            with rows of multiples of 64 tokens; ``eager`` to look into it.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Let network and tokenizer run code from the checkpoint.
         max_length: Tokens of the longest row, a multiple of ``block``.
         block: Tokens that are denoised together. An answer begins with a block, and is followed
             by end tokens, which are learned, up to the end of its last one.
         mask_token: Spelling of the mask token; None is the tokenizer's own, or what the network's
             config names.
-        chat_template: A file with the template (Jinja) of chats; None is the tokenizer's own.
     """
 
-    path: str
-    device: torch.device
-    dtype: DtypeName = "auto"
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    attention: Attention = "sdpa"
-    revision: str | None = None
-    trust_remote_code: bool = False
     max_length: int = 512
     block: int = 32
     mask_token: str | None = None
-    chat_template: str | None = None
-
-    adapter_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check the lengths; start with nothing loaded.
@@ -87,7 +60,7 @@ class LanguageFamily(ModelFamily):
                 f"attention flex_attention needs a max_length that is a multiple of "
                 f"{SPARSE_TILE // 2}, not {self.max_length}"
             )
-        self.weights_dtype = loading.resolve_dtype(self.dtype, self.device)
+        super().__post_init__()
 
     @abstractmethod
     def call(self, network: nn.Module, state: State, condition: Condition) -> Projection:
@@ -126,81 +99,12 @@ class LanguageFamily(ModelFamily):
         """
         return self.block
 
-    # the network
-
-    def network(self, path: str | None = None) -> nn.Module:
-        """Return a freshly loaded network, of this family's checkpoint or of ``path``.
-
-        Raises:
-            UserError: If there is none, or it is another kind of model, or has another tokenizer.
-        """
-        folder = self._locate(path, None) if path else self.folder
-        if path is not None:
-            self._check_tokenizer(folder)
-        network = self._load(folder)
+    def _check_network(self, network: Any, folder: Path) -> None:
         rows = network.get_input_embeddings().num_embeddings
         if self.mask_id >= rows:
             raise UserError(
                 f"{folder}: the mask token has id {self.mask_id}, and the network {rows} embeddings"
             )
-        return loading.place(network, self.device, self.weights_dtype, self.quantize)
-
-    def _load(self, folder: Path) -> Any:
-        """Return the network in a folder."""
-        remote_code.check_trusted(folder, self.trust_remote_code)
-        kinds = loading.read_config(folder).get("architectures") or ["none"]
-        if not self.trust_remote_code and not any(k.endswith("ForCausalLM") for k in kinds):
-            raise UserError(
-                f"{folder}: needs a causal language model (...ForCausalLM), found "
-                f"{', '.join(kinds)}"
-            )
-        options = self._load_options() | {"trust_remote_code": self.trust_remote_code}
-        with remote_code.explained(folder):
-            return loading.load_frozen(AutoModelForCausalLM, folder, options)
-
-    def _load_options(self) -> dict[str, Any]:
-        """Return how transformers is to load the network."""
-        options: dict[str, Any] = {
-            "dtype": self.weights_dtype,
-            "attn_implementation": self.attention,
-        }
-        stored = loading.bitsandbytes_config(self.quantize, self.weights_dtype, "transformers")
-        return options if stored is None else options | {"quantization_config": stored}
-
-    def _check_tokenizer(self, folder: Path) -> None:
-        """Refuse weights that go with other tokens."""
-        if not (folder / "tokenizer.json").is_file():
-            return
-        other = loading.load_tokenizer(folder, self.trust_remote_code)
-        if other.get_vocab() != self.tokenizer.get_vocab():
-            raise UserError(
-                f"{folder} has another tokenizer than {self.path}: give that role a family of its "
-                "own, roles.NAME.family: {name: ..., path: ...}"
-            )
-
-    # the tokenizer
-
-    @property
-    def folder(self) -> Path:
-        """The local folder of the checkpoint."""
-        return self._locate(self.path, self.revision)
-
-    def _locate(self, path: str, revision: str | None) -> Path:
-        return loading.locate(path, "", revision, code=self.trust_remote_code)
-
-    @cached_property
-    def speller(self) -> Speller:
-        """The tokenizer, and which bytes its tokens spell."""
-        tokenizer = loading.load_tokenizer(self.folder, self.trust_remote_code)
-        if self.chat_template is not None:
-            with loading.explained(f"read chat_template {self.chat_template}"):
-                tokenizer.chat_template = Path(self.chat_template).expanduser().read_text()
-        return Speller(tokenizer)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, of transformers."""
-        return self.speller.tokenizer
 
     @cached_property
     def mask_id(self) -> int:
@@ -226,34 +130,6 @@ class LanguageFamily(ModelFamily):
                 f"has {', '.join(sorted(known))}"
             )
         return int(known[spelled])
-
-    @property
-    def eos_id(self) -> int:
-        """Id of the token that ends a text.
-
-        Raises:
-            UserError: If there is none.
-        """
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"{self.path}: the tokenizer has no end token (eos_token)")
-        return int(self.tokenizer.eos_token_id)
-
-    @cached_property
-    def end_ids(self) -> list[int]:
-        """Ids of the tokens that end an answer: the end token, and the end of a chat's turn."""
-        if self.tokenizer.chat_template is None:
-            return [self.eos_id]
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        row = chat_row(read_chat(self.speller, turn), turns="last")
-        learned = [t for t, kept in zip(row.tokens, row.maskable, strict=True) if kept]
-        ends = [t for t in learned if t in self.tokenizer.all_special_ids]
-        return list(dict.fromkeys([self.eos_id, *ends]))
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the token that fills rows; nobody sees it."""
-        pad: int | None = self.tokenizer.pad_token_id
-        return self.eos_id if pad is None else pad
 
     @property
     def format(self) -> Format:

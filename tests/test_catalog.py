@@ -8,7 +8,7 @@ from diffdistill.errors import UserError
 from diffdistill.method import Method
 from diffdistill.methods.sft import SFT
 from diffdistill.pipelines.flow import FlowFamily
-from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.roles import RoleSettings
 
 
@@ -31,7 +31,7 @@ def has_default(field: Any) -> bool:
 @pytest.mark.parametrize("name", sorted(catalog.FAMILIES))
 def test_every_family_is_a_complete_family(name: str) -> None:
     family = catalog.load("family", name)
-    assert issubclass(family, FlowFamily | LanguageFamily)
+    assert issubclass(family, FlowFamily | TokenFamily)
     assert not family.__abstractmethods__
     assert family.adapter_targets
     if issubclass(family, FlowFamily):

@@ -78,9 +78,10 @@ def compare(session: Session, examples: Sequence[Example], seed: int) -> list[Co
     """Return what both sides make of each example, one at a time."""
     if any(example.image is None for example in examples):
         raise UserError("preview needs data with images: the teacher is shown the target")
+    family = flow_family(session)
     with torch.no_grad():
-        encoded = session.family.encode(examples)
-    session.family.release()
+        encoded = family.encode(examples)
+    family.release()
     return [
         _compared(session, example, _batch(session, example, tensors, number), seed)
         for number, (example, tensors) in enumerate(zip(examples, encoded, strict=True))
@@ -90,7 +91,7 @@ def compare(session: Session, examples: Sequence[Example], seed: int) -> list[Co
 def _batch(
     session: Session, example: Example, encoded: dict[str, Tensor], number: int
 ) -> dict[str, object]:
-    batch = session.family.collate([encoded])
+    batch = flow_family(session).collate([encoded])
     ids = torch.tensor([number], device=session.device)
     return {**batch, "ids": ids, "prompts": [example.prompt]}
 

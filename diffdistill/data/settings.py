@@ -3,6 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
+TEACHER_PROMPT = """{student_prompt}
+
+For your eyes only, here is a worked solution:
+--- solution begins ---
+{solution}
+--- solution ends ---
+
+See for yourself why each of its steps holds. Then answer from the start, in your own words and as \
+if you had not seen it, and come to the same result."""
+"""What a teacher that is shown a solution is asked; the wording is ours."""
+
 
 @dataclass(kw_only=True)
 class DataSettings:
@@ -50,6 +61,21 @@ class DataSettings:
             its own that ends with it.
         packing: Fill rows with one text after the other, with end tokens between them.
         truncate: Cut texts that are too long; False makes them bad examples.
+        solution_column: Of questions (autoregressive models): the column with worked reference
+            solutions; where it is given, every question must have one. None takes ``solution`` from
+            rows that have it, or else the answer that a chat ends with.
+        answer_column: Of questions: the column with final answers, which answers are verified by;
+            where it is given, every question must have one. None takes ``answer`` from rows that
+            have it.
+        student_prompt: What the student is asked, with ``{question}``; the user's last message.
+        teacher_prompt: What a teacher is asked that is shown the reference solution, with
+            ``{solution}``, and ``{question}`` or ``{student_prompt}``. A teacher that is shown none
+            is asked what the student is.
+        student_thinking: What the student's chat template is told as ``enable_thinking``; None
+            tells it nothing.
+        teacher_thinking: The same of the teacher's; None tells it what the student's is told.
+        max_prompt: Tokens of the longest prompt.
+        max_answer: Tokens of a given answer that are learned; the rest is cut off.
         streaming: Read texts as they are needed, for sets larger than memory; nothing is cached.
         shuffle_buffer: Texts that a stream is shuffled among; 1 keeps their order.
     """
@@ -77,6 +103,14 @@ class DataSettings:
     max_examples: int | None = None
     messages_column: str = "messages"
     turns: Literal["all", "last", "each"] = "all"
+    solution_column: str | None = None
+    answer_column: str | None = None
+    student_prompt: str = "{question}"
+    teacher_prompt: str = TEACHER_PROMPT
+    student_thinking: bool | None = None
+    teacher_thinking: bool | None = None
+    max_prompt: int = 2048
+    max_answer: int = 4096
     packing: bool = False
     truncate: bool = True
     streaming: bool = False

@@ -13,7 +13,7 @@ import torch
 
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.settings import DataSettings
-from diffdistill.data.texts import read_texts
+from diffdistill.data.texts import Reading, read_texts
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.types import Example
@@ -33,8 +33,10 @@ class Group(NamedTuple, Generic[T]):
     items: tuple[T, ...]
 
 
-def endless_texts(settings: DataSettings, seed: int, root: Path | None = None) -> Iterator[Example]:
-    """Yield the texts, epoch after epoch, each in another order.
+def endless_texts(
+    settings: DataSettings, seed: int, root: Path | None = None, *, read: Reading = read_texts
+) -> Iterator[Example]:
+    """Yield the texts (what ``read`` yields), epoch after epoch, each in another order.
 
     Raises:
         UserError: If an epoch holds no text, or a bad one that is not to be skipped.
@@ -43,7 +45,7 @@ def endless_texts(settings: DataSettings, seed: int, root: Path | None = None) -
     for epoch in count():
         problems = list[Problem]()
         generator = draws.generator("stream", epoch)
-        texts = _checked(read_texts(settings, root or Path(), problems), settings, problems)
+        texts = _checked(read(settings, root or Path(), problems), settings, problems)
         found = False
         for text in shuffled(texts, settings.shuffle_buffer, generator):
             found = True

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffdistill.data.dataset import resolve
 from diffdistill.data.hub import load_source
@@ -16,6 +16,9 @@ from diffdistill.errors import UserError
 from diffdistill.types import Example
 
 DOCUMENTS = (".txt", ".md", ".py")
+
+Reading: TypeAlias = Callable[[DataSettings, Path, list[Problem]], Iterator[Example]]
+"""Yields the examples of a data set as they are read, and adds what is wrong to the problems."""
 
 
 class TextDataset:
@@ -57,18 +60,21 @@ class TextDataset:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def open_texts(settings: DataSettings, root: Path | None = None) -> TextDataset:
+def open_texts(
+    settings: DataSettings, root: Path | None = None, *, read: Reading | None = None
+) -> TextDataset:
     """Read all chats and texts, and check each.
 
     Args:
         settings: What to read.
         root: The folder that relative paths start from; None is the current one.
+        read: Yields the examples; None is ``read_texts``.
 
     Raises:
         UserError: If nothing can be read, or an example is bad and not to be skipped.
     """
     problems = list[Problem]()
-    examples = list(read_texts(settings, root or Path(), problems))
+    examples = list((read or read_texts)(settings, root or Path(), problems))
     settle(problems, settings.on_error)
     if not examples:
         raise UserError(f"there is no usable example in {settings.path or settings.source}")
@@ -77,6 +83,20 @@ def open_texts(settings: DataSettings, root: Path | None = None) -> TextDataset:
 
 def read_texts(settings: DataSettings, root: Path, problems: list[Problem]) -> Iterator[Example]:
     """Yield chats and texts as they are read; what is wrong is added to ``problems``.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    return read_examples(_examples, settings, root, problems)
+
+
+def read_examples(
+    make: Callable[[Row, DataSettings], list[Example]],
+    settings: DataSettings,
+    root: Path,
+    problems: list[Problem],
+) -> Iterator[Example]:
+    """Yield what ``make`` returns of each row, unless it raises ``Bad``.
 
     Files are read in the order of their names, and none as a whole but ``.json`` files and single
     documents.
@@ -88,7 +108,7 @@ def read_texts(settings: DataSettings, root: Path, problems: list[Problem]) -> I
     count = 0
     for row in _rows(settings, root, problems):
         try:
-            examples = _examples(row, settings)
+            examples = make(row, settings)
         except Bad as bad:
             problems.append(bad.problem)
             continue
@@ -163,7 +183,7 @@ def _examples(row: Row, settings: DataSettings) -> list[Example]:
     chat = row.values.get(settings.messages_column)
     if chat is None:
         return [_text(row, settings)]
-    messages = _messages(chat, row.origin)
+    messages = messages_of(chat, row.origin)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise Bad("no answer", row.origin, "the chat has no message of the assistant")
@@ -180,7 +200,12 @@ def _chat(messages: tuple[Mapping[str, str], ...], origin: str) -> Example:
     return Example(questions[-1] if questions else "", messages=messages, origin=origin)
 
 
-def _messages(chat: Any, origin: str) -> tuple[Mapping[str, str], ...]:
+def messages_of(chat: Any, origin: str) -> tuple[Mapping[str, str], ...]:
+    """Return the messages of a chat with role and content alone.
+
+    Raises:
+        Bad: If it is none.
+    """
     if not isinstance(chat, list) or not chat:
         raise Bad("malformed chat", origin, "not a list of messages")
     for number, message in enumerate(chat, start=1):

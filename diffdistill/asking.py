@@ -1,0 +1,89 @@
+"""Answers of autoregressive models to questions, to look at and to measure.
+
+Answer ``j`` to question ``i`` has the same random numbers for every model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from diffdistill.answering import ANSWERS_PER_PROMPT, Draft, Prompt
+from diffdistill.data.problems import Problem, settle
+from diffdistill.data.questions import read_questions
+from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.prompts import prompt_condition
+from diffdistill.roles import Role
+from diffdistill.rollouts import Sampling
+from diffdistill.sample_settings import AnswerSampleSettings
+from diffdistill.session import Session, questions
+from diffdistill.texts import Reader
+from diffdistill.types import Example
+
+
+def questions_of(session: Session) -> list[Example]:
+    """Return the questions of a session's section ``sample``, or else the first of its data.
+
+    Raises:
+        UserError: If the data cannot be read, or has none.
+    """
+    settings = session.config.replies
+    if settings.prompts:
+        return [question(text) for text in settings.prompts]
+    problems = list[Problem]()
+    examples = read_questions(session.config.data, Path(), problems)
+    distinct: Mapping[str, Example] = {
+        str(example.messages): example for example in islice(examples, 4 * settings.num_prompts)
+    }  # some may be the same
+    settle(problems, session.config.data.on_error)
+    if not distinct:
+        raise UserError("there are no questions: give some, or data with questions")
+    return list(distinct.values())[: settings.num_prompts]
+
+
+def question(text: str) -> Example:
+    """Return a question that somebody typed."""
+    return Example(text, messages=({"role": "user", "content": text},))
+
+
+def as_prompt(example: Example) -> Prompt:
+    """Return a question as what is printed of it."""
+    return Prompt(example.prompt, example.messages, example.solution)
+
+
+def reply(
+    session: Session, role: Role, asked: Sequence[Example], settings: AnswerSampleSettings
+) -> Iterator[Draft]:
+    """Yield the answers of a role, question by question; no privileged context is shown.
+
+    Raises:
+        UserError: If the model cannot write, or a question cannot be put to it.
+    """
+    reader: Reader = "teacher" if role.name == "teacher" else "student"
+    family, read = writer(role), questions(session)
+    prompts = [read.prompt(example, reader=reader) for example in asked]
+    tasks = [(index, j) for index in range(len(asked)) for j in range(settings.num_answers)]
+    sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.top_k)
+    draws = Draws(settings.seed)
+    for start in range(0, len(tasks), settings.batch_size):
+        batch = tasks[start : start + settings.batch_size]
+        ids = torch.tensor([i * ANSWERS_PER_PROMPT + j for i, j in batch], device=family.device)
+        told = prompt_condition([prompts[index] for index, _ in batch], family)
+        with torch.no_grad(), role.acting(family.device):
+            found = family.sample(role.network, told, ids, sampling, draws, purpose="answer")
+        for (index, number), tokens, mask in zip(batch, found.tokens, found.mask, strict=True):
+            yield Draft(index, number, tokens[mask].tolist(), done=True)
+
+
+def writer(role: Role) -> CausalLM:
+    """Return the family of a role that can write.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    if not isinstance(role.family, CausalLM):
+        raise UserError(f"roles.{role.name}: {type(role.family).__name__} judges answers alone")
+    return role.family

@@ -1,0 +1,286 @@
+"""Questions as an autoregressive student and its teacher read them, and the student's answers."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.exposures import reveal
+from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.language import located
+from diffdistill.pipelines.prompts import prompt_condition, prompt_tokens
+from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.rollouts import Actor, Answers, Sampling, Solutions
+from diffdistill.texts import Reader
+from diffdistill.types import Batch, Condition, Example, State
+
+log = logging.getLogger(__name__)
+
+PLACE = re.compile(r"\{(question|solution|student_prompt)\}")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put.
+
+    Attributes:
+        student_prompt: What the student is asked, with ``{question}``.
+        teacher_prompt: What a teacher is asked that is shown the solution, with ``{solution}``, and
+            ``{question}`` or ``{student_prompt}``.
+        student_thinking: What the student's chat template is told as ``enable_thinking``.
+        teacher_thinking: The same of the teacher's; None is what the student's is told.
+        max_prompt: Tokens of the longest prompt.
+        max_answer: Tokens of a given answer; the rest is cut off.
+        skip: Whether a question that cannot be used is left out; else it is an error.
+    """
+
+    student_prompt: str = "{question}"
+    teacher_prompt: str = "{student_prompt}\n\n{solution}"
+    student_thinking: bool | None = None
+    teacher_thinking: bool | None = None
+    max_prompt: int = 2048
+    max_answer: int = 4096
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the templates and the lengths.
+
+        Raises:
+            UserError: If one does not hold what it must, or too much.
+        """
+        asked, shown = (set(PLACE.findall(t)) for t in (self.student_prompt, self.teacher_prompt))
+        if asked != {"question"}:
+            raise UserError("data.student_prompt must have {question}, and neither {solution} nor "
+                            "{student_prompt}")  # fmt: skip
+        if "solution" not in shown or shown == {"solution"}:
+            raise UserError("data.teacher_prompt must have {solution}, and {question} or "
+                            "{student_prompt}")  # fmt: skip
+        for name in ("max_prompt", "max_answer"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass
+class Questions:
+    """The student's family and the teacher's, which may be the same: a ``rollouts.AnswerFamily``.
+
+    Prompts are tokenized when they are asked for, because what a teacher is shown changes.
+
+    Attributes:
+        student: Reads and writes for the student.
+        teacher: Reads for the teacher; of the same vocabulary.
+        asking: How questions are put.
+        skipped: What was wrong with the questions that were left out.
+    """
+
+    student: CausalLM
+    teacher: TokenFamily
+    asking: Asking = field(default_factory=Asking)
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check that both have the same tokens.
+
+        Raises:
+            UserError: If they have not.
+        """
+        if self.teacher is self.student:
+            return
+        ours, theirs = (side.tokenizer.get_vocab() for side in (self.student, self.teacher))
+        if ours != theirs:
+            differing = len(ours.items() ^ theirs.items())
+            raise UserError(
+                f"the teacher {self.teacher.path} has another vocabulary than the student "
+                f"{self.student.path} ({differing} tokens differ), and this method compares "
+                "tokens: take one for two tokenizers (bld, uld, gold)"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches live."""
+        return self.student.device
+
+    # what methods ask
+
+    def repeated(self, batch: Batch, num_answers: int) -> Batch:
+        """Return a batch with each row ``num_answers`` times over, one after the other."""
+        numbers = torch.arange(num_answers, device=self.device)
+        return {
+            "ids": (batch["ids"][:, None] * num_answers + numbers).flatten(),
+            "prompts": [prompt for prompt in batch["prompts"] for _ in range(num_answers)],
+            "examples": [example for example in batch["examples"] for _ in range(num_answers)],
+        }
+
+    def rollout(
+        self, student: Actor, batch: Batch, sampling: Sampling, draws: Draws, *, purpose: str
+    ) -> Answers:
+        """Return an answer of the student's to each question, without a graph."""
+        told = self.condition(batch)
+        with torch.no_grad(), student.acting(self.device):
+            return self.student.sample(
+                student.network, told, batch["ids"], sampling, draws, purpose=purpose
+            )
+
+    def given(self, batch: Batch) -> Answers:
+        """Return the reference solutions, as the student would write them.
+
+        Each ends as the student's template ends a turn, unless it is cut.
+
+        Raises:
+            UserError: If an example has none.
+        """
+        student, limit = self.student, self.asking.max_answer
+        end = (student.turn_ends or [student.eos_id])[0]
+        rows = []
+        for example in self.examples(batch):
+            with located(example.origin):
+                text = solution_of(example).strip()
+            tokens = student.tokenizer.encode(text, add_special_tokens=False)
+            rows.append([*tokens, end][:limit])
+        width = max(len(row) for row in rows)
+        filled = [row + [student.pad_id] * (width - len(row)) for row in rows]
+        tokens = torch.tensor(filled, dtype=torch.long, device=self.device)
+        mask = torch.tensor(
+            [[place < len(row) for place in range(width)] for row in rows], device=self.device
+        )
+        ended = torch.tensor([row[-1] == end for row in rows], device=self.device)
+        return Answers(tokens, mask, None, ended)
+
+    def state(self, answers: Answers) -> State:
+        """Return where models are asked: at each token of the answers."""
+        return State(
+            answers.tokens,
+            torch.zeros(len(answers.tokens), device=answers.tokens.device),
+            answers.mask,
+        )
+
+    def condition(
+        self, batch: Batch, *, reader: Reader = "student", exposure: float | None = None
+    ) -> Condition:
+        """Return what a model is told before the answer: see ``prompts.prompt_condition``.
+
+        Raises:
+            UserError: If there is no solution to show, or a prompt is too long.
+        """
+        prompts = [self.prompt(e, reader=reader, exposure=exposure) for e in self.examples(batch)]
+        return prompt_condition(prompts, self.family(reader))
+
+    def examples(self, batch: Batch) -> Sequence[Example]:
+        """Return the examples of a batch, a row each."""
+        examples: Sequence[Example] = batch["examples"]
+        return examples
+
+    def spelled(self, answers: Answers) -> list[str]:
+        """Return the text of each answer, without special tokens."""
+        rows = zip(answers.tokens, answers.mask, strict=True)
+        return [self.student.decoded(tokens[mask].tolist()) for tokens, mask in rows]
+
+    # prompts
+
+    def family(self, reader: Reader) -> TokenFamily:
+        """Return whose tokenizer and template a reader has."""
+        return self.student if reader == "student" else self.teacher
+
+    def prompt(
+        self, example: Example, *, reader: Reader = "student", exposure: float | None = None
+    ) -> list[int]:
+        """Return the token ids of a question as a reader is asked it.
+
+        Raises:
+            UserError: If it is too long, has no solution to show, or its template refuses it.
+        """
+        asking, family = self.asking, self.family(reader)
+        thinking = asking.student_thinking
+        if reader == "teacher" and asking.teacher_thinking is not None:
+            thinking = asking.teacher_thinking
+        with located(example.origin):
+            messages = self._messages(example, reader, exposure)
+            tokens = prompt_tokens(family, messages, thinking=thinking)
+            if len(tokens) > asking.max_prompt:
+                shown = "" if exposure is None else f" with a share {exposure:.3g} of the solution"
+                raise UserError(
+                    f"the {reader}'s prompt{shown} has {len(tokens)} tokens, and data.max_prompt "
+                    f"is {asking.max_prompt}"
+                )
+        return tokens
+
+    def _messages(
+        self, example: Example, reader: Reader, exposure: float | None
+    ) -> list[Mapping[str, str]]:
+        assert example.messages is not None, "a question is a chat"
+        *before, last = example.messages
+        question = last["content"]
+        text = filled(self.asking.student_prompt, {"question": question})
+        if exposure is not None:
+            assert reader == "teacher", "the student is shown no privileged context"
+            shown = reveal(solution_of(example), exposure, example.answer)
+            parts = {"question": question, "student_prompt": text, "solution": shown}
+            text = filled(self.asking.teacher_prompt, parts)
+        return [*before, {"role": "user", "content": text}]
+
+    # what the data asks
+
+    def usable(self, example: Example, *, solutions: Solutions = "unused") -> bool:
+        """Return whether a question can be asked; if not, it is an error or to be left out.
+
+        Args:
+            example: The question.
+            solutions: What becomes of its solution; one that is shown is tried as a whole.
+
+        Raises:
+            UserError: If it cannot be asked, and is not to be left out.
+        """
+        try:
+            self.prompt(example)
+            self.prompt(example, reader="teacher", exposure=1.0 if solutions == "shown" else None)
+            if solutions == "learned":
+                with located(example.origin):
+                    solution_of(example)
+        except UserError as error:
+            if not self.asking.skip:
+                raise
+            self.skipped.append(str(error))
+            return False
+        return True
+
+    def collate(self, examples: Sequence[Example], ids: Sequence[int]) -> dict[str, Any]:
+        """Return a batch of questions, with their numbers."""
+        return {
+            "ids": torch.tensor(ids, dtype=torch.int64, device=self.device),
+            "prompts": [example.prompt for example in examples],
+            "examples": list(examples),
+        }
+
+    def release(self) -> None:
+        """Say how many questions were left out."""
+        if self.skipped:
+            log.warning(
+                "left out %d questions that cannot be used, such as %s",
+                len(self.skipped),
+                self.skipped[0],
+            )
+            self.skipped.clear()
+
+
+def solution_of(example: Example) -> str:
+    """Return the reference solution of a question.
+
+    Raises:
+        UserError: If it has none.
+    """
+    if example.solution is None or not example.solution.strip():
+        raise UserError(
+            "there is no reference solution to show or to learn: add a column 'solution' "
+            "(data.solution_column names another), or end the chat with the assistant's answer"
+        )
+    return example.solution
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """Return a template with its places filled; what is put in is not filled again."""
+    return PLACE.sub(lambda match: parts[match[1]], template)
