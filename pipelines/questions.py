@@ -170,6 +170,11 @@ class Questions:
         prompts = [self.prompt(e, reader=reader, exposure=exposure) for e in self.examples(batch)]
         return prompt_condition(prompts, self.family(reader))
 
+    def with_solutions(self, batch: Batch, solutions: Sequence[str | None]) -> Batch:
+        """Return a batch with other reference solutions, one for each row."""
+        pairs = zip(self.examples(batch), solutions, strict=True)
+        return {**batch, "examples": [e._replace(solution=s) for e, s in pairs]}
+
     def examples(self, batch: Batch) -> Sequence[Example]:
         """Return the examples of a batch, a row each."""
         examples: Sequence[Example] = batch["examples"]

@@ -195,7 +195,7 @@ def test_sdpo_learns_only_where_a_sibling_was_right_and_shows_it_to_the_teacher(
     assert 0 < taught.sum() < len(taught)
     assert loss.count == answers.mask[taught].sum()
     rows = method.family.repeated(batch, 4)
-    rows = method.family.with_solutions(rows, [text or "" for text in shown])
+    rows = method.family.with_solutions(rows, [text or "-" for text in shown])
     told = method.family.condition(rows, reader="teacher", exposure=1.0)["told"]
     torch.testing.assert_close(method.teacher.calls[-1]["told"], told)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffdistill.errors import UserError
+from diffdistill.rollouts import Solutions
 from diffdistill.supports import TopK
 from diffdistill.text.answering import mean_loss
 from diffdistill.text.extrapolating import Extrapolating
@@ -25,6 +26,10 @@ class ExOPD(Extrapolating):
     """
 
     exposure: float | None = None
+
+    def solutions(self) -> Solutions:
+        """Return whether the teacher is shown solutions."""
+        return "unused" if self.exposure is None else "shown"
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffdistill.divergences import masked_mean
 from diffdistill.exposure_control import ExposureController, Start, random_exposure
 from diffdistill.projection import Prediction, token_logprob
-from diffdistill.rollouts import Answers
+from diffdistill.rollouts import Answers, Solutions
 from diffdistill.supports import top_logprobs
 from diffdistill.text.answering import Attempt
 from diffdistill.text.comparing import Comparing
@@ -77,6 +77,10 @@ class Exposed(Comparing):
             highest=self.highest_exposure,
             start=self.start_exposure,
         )
+
+    def solutions(self) -> Solutions:
+        """Return that the teacher is shown solutions."""
+        return "shown"
 
     def exposure_at(self, progress: Progress) -> float:
         """Return the exposure of a step, the same for all its micro-batches and ranks."""

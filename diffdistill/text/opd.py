@@ -7,6 +7,7 @@ of the answer are compared.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffdistill.rollouts import Solutions
 from diffdistill.text.comparing import Comparing
 from diffdistill.types import Batch, Loss, Progress
 
@@ -32,6 +33,10 @@ class OPD(Comparing):
             raise ValueError(f"on_policy_share must be in [0, 1], not {self.on_policy_share}")
         if self.divergence == "sampled" and self.on_policy_share < 1:
             raise ValueError("divergence sampled needs answers of the student's own alone")
+
+    def solutions(self) -> Solutions:
+        """Return whether the data's own answers are learned."""
+        return "unused" if self.on_policy_share == 1 else "learned"
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""

@@ -7,6 +7,7 @@ question and a share of its reference solution. Their predictions of each token 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffdistill.rollouts import Solutions
 from diffdistill.text.comparing import Comparing, Divergence
 from diffdistill.types import Batch, Loss, Progress
 
@@ -36,6 +37,10 @@ class OPSD(Comparing):
         super().__post_init__()
         if not 0 <= self.exposure <= 1:
             raise ValueError(f"exposure must be in [0, 1], not {self.exposure}")
+
+    def solutions(self) -> Solutions:
+        """Return that the teacher is shown solutions."""
+        return "shown"
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""

@@ -13,6 +13,7 @@ import torch
 
 from diffdistill.policy import reweighted_advantages
 from diffdistill.projection import token_logprob
+from diffdistill.rollouts import Solutions
 from diffdistill.text.rewarded import Rewarded
 from diffdistill.types import Batch, Loss, Progress
 
@@ -47,6 +48,10 @@ class RLSD(Rewarded):
     weight_clip: float = 0.2
     right: float = 1.0
     exposure: float = 1.0
+
+    def solutions(self) -> Solutions:
+        """Return that the teacher is shown solutions."""
+        return "shown"
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss."""

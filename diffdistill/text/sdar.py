@@ -14,6 +14,7 @@ import torch
 from diffdistill.divergences import masked_mean
 from diffdistill.gates import sdar_map
 from diffdistill.projection import token_maps
+from diffdistill.rollouts import Solutions
 from diffdistill.text.gated import Gated
 from diffdistill.text.rewarded import Rewarded
 from diffdistill.text.selecting import Selecting
@@ -44,6 +45,10 @@ class SDAR(Gated, Selecting, Rewarded):
     weight: float = 0.01
     reward_weight: float = 1.0
     exposure: float = 1.0
+
+    def solutions(self) -> Solutions:
+        """Return that the teacher is shown solutions."""
+        return "shown"
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: the rewarded and the distilled term."""

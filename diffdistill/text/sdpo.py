@@ -18,6 +18,9 @@ from diffdistill.text.comparing import Comparing, Divergence
 from diffdistill.types import Batch, Loss, Progress
 from diffdistill.verifying import AnswerReward
 
+NOTHING = "-"
+"""Shown where no answer was right, so that there is a prompt; nothing is learned there."""
+
 
 @dataclass(kw_only=True)
 class SDPO(Comparing):
@@ -57,7 +60,7 @@ class SDPO(Comparing):
         texts = self.family.spelled(attempt.answers)
         rewards = self.reward.score(texts, self.family.examples(attempt.batch))
         shown = siblings(texts, rewards >= self.right, self.num_answers)
-        solutions = [text or "" for text in shown]
+        solutions = [text or NOTHING for text in shown]
         taught = torch.tensor([text is not None for text in shown], device=rewards.device)
         told = attempt._replace(batch=self.family.with_solutions(attempt.batch, solutions))
         theirs = self.judgment(told, exposure=1.0)
