@@ -11,6 +11,7 @@ each diffusion model as an autoregressive one.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -105,7 +106,7 @@ RECIPES = {
     "student": Recipe(hidden=96, layers=4, heads=3, inner=256, ar_steps=400, diffusion_steps=800),
     "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=600, diffusion_steps=600),
     "moe": Recipe(
-        hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=600, diffusion_steps=1200
+        hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=500, diffusion_steps=900
     ),
 }
 
@@ -326,6 +327,7 @@ def train(name: str, network: Any, recipe: Recipe, steps: int, losses: Iterator[
         if number % 50 == 49 or number == steps - 1:
             mean, seconds = sum(recent[-50:]) / len(recent[-50:]), time.perf_counter() - start
             print(f"{name} {number} loss {mean:.4f} seconds {seconds:.0f}", flush=True)
+            give_back()
     balance.remove()
     network.eval()
 

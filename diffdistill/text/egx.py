@@ -64,7 +64,8 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
             raise UserError("method egx needs a teacher of its own, not a server")
         chosen = self.chosen(attempt, theirs) & self._taught(attempt)[:, None]
         maps, told = self._distilled(attempt, theirs, chosen)
-        told |= self.watched(batch, attempt, theirs, exposure) | self.told_exposure(exposure)
+        told |= self.watched(batch, attempt, theirs, exposure)
+        told |= self.told_exposure(exposure)
         loss = mean_loss(attempt, self.weight * maps.pop("divergence"), chosen, maps, **told)
         yield self._with_reward(attempt, loss) if self.reward_weight else loss
 
@@ -96,7 +97,8 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         ours, judged = maps["logprob"].detach(), maps[judge]
         gate = self.gates(attempt, ours, judged, maps, chosen)
         maps["divergence"] = gate * maps["divergence"]
-        return maps, {"gate": masked_mean(gate, chosen), **self.told_strength(target, chosen)}
+        told: dict[str, Tensor | float] = {"gate": masked_mean(gate, chosen)}
+        return maps, told | self.told_strength(target, chosen)
 
     def _with_reward(self, attempt: Attempt, loss: Loss) -> Loss:
         """Return the loss with the rewarded term, as a mean over the same tokens."""
