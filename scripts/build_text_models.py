@@ -104,9 +104,9 @@ class Recipe:
 
 RECIPES = {
     "student": Recipe(hidden=96, layers=4, heads=3, inner=256, ar_steps=400, diffusion_steps=800),
-    "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=600, diffusion_steps=600),
+    "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=500, diffusion_steps=400),
     "moe": Recipe(
-        hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=500, diffusion_steps=900
+        hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=600, diffusion_steps=1200
     ),
 }
 
