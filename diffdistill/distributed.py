@@ -89,6 +89,16 @@ class Distributed:
             stacked = self.accelerator.reduce(stacked, "sum")
         return dict(zip(values, stacked.tolist(), strict=True))
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values ``[n]`` of all ranks, one after the other; n may differ."""
+        if self.world == 1:
+            return values
+        sizes = self.accelerator.gather(torch.tensor([len(values)], device=self.device))
+        most = int(sizes.max())
+        padded = torch.nn.functional.pad(values, (0, most - len(values)))
+        rows = self.accelerator.gather(padded).view(self.world, most)
+        return torch.cat([row[:size] for row, size in zip(rows, sizes.tolist(), strict=True)])
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         self.accelerator.wait_for_everyone()

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
+from torch import Tensor
+
 from diffdistill.rollouts import Solutions
 from diffdistill.types import Batch, Loss, Progress
 
@@ -46,6 +48,18 @@ class Method(ABC):
 
         For a mean over other things than a loss counts. They must not depend on a model. Without
         any, micro-batches are read one after the other.
+        """
+        return {}
+
+    def pools(self) -> bool:
+        """Return whether ``losses`` must know what ``survey`` returns of all micro-batches."""
+        return False
+
+    def survey(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return values ``[n]`` of a batch that are pooled over the optimizer step, by name.
+
+        Asked of every micro-batch before any is trained on, if ``pools`` says so. A method may
+        keep what it needs again.
         """
         return {}
 

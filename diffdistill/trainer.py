@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,8 +92,7 @@ class Trainer:
         """
         started = time.perf_counter()
         self._seed_globals()
-        batches, counts = self._counted()
-        progress = Progress(self.step, self.settings.steps, counts)
+        batches, progress = self._looked_ahead()
         sums = Sums()
         for micro in range(self.settings.accumulate):
             last = micro + 1 == self.settings.accumulate
@@ -108,19 +107,38 @@ class Trainer:
         metrics["peak_memory_gib"] = peak_memory(self.session.device) / 2**30
         return metrics
 
-    def _counted(self) -> tuple[Iterator[Batch], dict[str, float]]:
-        """Return the micro-batches of a step, and what its method counts in them on all ranks."""
-        method = self.session.method
-        if type(method).counts is Method.counts:
-            return self.batches, {}
+    def _looked_ahead(self) -> tuple[Iterator[Batch], Progress]:
+        """Return the micro-batches of a step, and what the method must know of all of them."""
+        method, progress = self.session.method, Progress(self.step, self.settings.steps)
+        counts = type(method).counts is not Method.counts
+        if not counts and not method.pools():
+            return self.batches, progress
         batches = [next(self.batches) for _ in range(self.settings.accumulate)]
+        if counts:
+            progress = progress._replace(counts=self._counted(batches))
+        if method.pools():
+            progress = progress._replace(pools=self._pooled(batches, progress))
+        return iter(batches), progress
+
+    def _pooled(self, batches: Sequence[Batch], progress: Progress) -> dict[str, Tensor]:
+        """Return the values of all micro-batches on all ranks, by name."""
+        method = self.session.method
+        found = [method.survey(batch, progress) for batch in batches]
+        return {
+            name: self.distributed.gather(torch.cat([values[name] for values in found]))
+            for name in found[0]
+        }
+
+    def _counted(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Return what the method counts in all micro-batches on all ranks."""
+        method = self.session.method
         sums: dict[str, float] = defaultdict(float)
         for batch in batches:
             for name, count in method.counts(batch).items():
                 sums[name] += count
         device = self.distributed.device
         totals = {name: torch.tensor(count, device=device) for name, count in sums.items()}
-        return iter(batches), self.distributed.total(totals)
+        return self.distributed.total(totals)
 
     def _accumulate(self, batch: Batch, progress: Progress, sums: Sums, *, last: bool) -> None:
         for loss in self.session.method.losses(batch, progress):

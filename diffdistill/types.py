@@ -105,11 +105,13 @@ class Progress(NamedTuple):
         step: Optimizer steps taken.
         total: Those of the whole run.
         counts: What ``Method.counts`` comes to over all micro-batches and ranks of this step.
+        pools: What ``Method.survey`` returned of all micro-batches and ranks of this step.
     """
 
     step: int
     total: int
     counts: Mapping[str, float] = {}
+    pools: Mapping[str, Tensor] = {}
 
     @property
     def fraction(self) -> float:

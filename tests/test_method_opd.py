@@ -83,11 +83,32 @@ def test_only_the_student_learns(options: dict[str, Any]) -> None:
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in method.student.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"select": "entropy", "select_scope": "rollout"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"select": "soft-or", "select_scope": "rollout"},
+        {"select": "soft-or", "select_scope": "global"},
+        {"select": "q3", "select_scope": "global", "retention": 0.3},
+    ],
+)
 def test_micro_batches_take_the_same_step(options: dict[str, Any]) -> None:
     whole = student_gradients(make(**options), [question_batch(4)])
     parts = [question_batch(1), question_batch(3, first_id=1)]
     torch.testing.assert_close(student_gradients(make(**options), parts), whole)
+
+
+def test_scores_of_the_micro_batch_depend_on_what_it_is() -> None:
+    options: dict[str, Any] = {"select": "soft-or", "retention": 0.4}
+    whole = student_gradients(make(**options), [question_batch(4)])
+    parts = [question_batch(1), question_batch(3, first_id=1)]
+    assert not torch.allclose(student_gradients(make(**options), parts), whole)
+
+
+def test_a_survey_of_the_step_answers_each_question_once() -> None:
+    method = make(select="soft-or", select_scope="global")
+    student_gradients(method, [question_batch(2), question_batch(2, first_id=2)])
+    assert len(method.family.rollouts) == 2
 
 
 def test_selection_keeps_its_share_of_each_answer_and_costs_the_others_nothing() -> None:

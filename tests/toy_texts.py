@@ -107,9 +107,13 @@ def student_gradients(method: Any, batches: Sequence[Batch]) -> Tensor:
     for batch in batches:
         for name, count in method.counts(batch).items():
             counts[name] += count
-    total = 0.0
+    total, progress = 0.0, START._replace(counts=counts)
+    if method.pools():
+        found = [method.survey(batch, progress) for batch in batches]
+        pools = {name: torch.cat([values[name] for values in found]) for name in found[0]}
+        progress = progress._replace(pools=pools)
     for batch in batches:
-        for loss in method.losses(batch, START._replace(counts=counts)):
+        for loss in method.losses(batch, progress):
             (loss.value * loss.count).backward()
             total += loss.count
     parameters = (p.grad for p in method.student.parameters())

@@ -11,7 +11,7 @@ from diffdistill.draws import Draws
 from diffdistill.method import Method
 from diffdistill.projection import Prediction
 from diffdistill.rollouts import AnswerFamily, Answers, Sampling
-from diffdistill.types import Batch, Loss, State
+from diffdistill.types import Batch, Loss, Progress, State
 
 
 class Attempt(NamedTuple):
@@ -68,12 +68,17 @@ class Answering(Method):
             if not fine:
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
 
-    def attempt(self, batch: Batch) -> Attempt:
+    def attempt(self, batch: Batch, progress: Progress) -> Attempt:
         """Return the student's answers to a batch, and its predictions, one call with a graph."""
+        return self.read(*self.answered(batch, progress))
+
+    def answered(self, batch: Batch, progress: Progress) -> tuple[Batch, Answers]:
+        """Return a row for each answer to a batch, and the answers: the student's own."""
         rows = self.family.repeated(batch, self.num_answers)
         sampling = Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
-        answers = self.family.rollout(self.student, rows, sampling, self.draws, purpose="rollout")
-        return self.read(rows, answers)
+        return rows, self.family.rollout(
+            self.student, rows, sampling, self.draws, purpose="rollout"
+        )
 
     def read(self, rows: Batch, answers: Answers) -> Attempt:
         """Return what the student predicts of answers."""

@@ -28,12 +28,12 @@ class ATESD(Exposed):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""
-        exposure = self.exposure_at(progress)
-        attempt = self.attempt(batch)
-        theirs = self.judgment(attempt, exposure=exposure)
+        exposure = self.shown(progress)
+        attempt = self.attempt(batch, progress)
+        theirs = self.judge(attempt, progress)
         if isinstance(theirs, TopK):
             raise UserError("method atesd needs a teacher of its own, not a server")
-        chosen = self.chosen(attempt, theirs)
+        chosen = self.chosen(attempt, theirs, progress)
         maps = self.compared(attempt, theirs, chosen)
         told = self.watched(batch, attempt, theirs, exposure) | self.told_exposure(exposure)
         yield mean_loss(attempt, maps.pop("divergence"), chosen, maps, **told)

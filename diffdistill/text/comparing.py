@@ -6,7 +6,7 @@ own condition, and the predictions are compared.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from diffdistill.projection import Prediction, TokenMap, token_maps
 from diffdistill.supports import Correction, Support, TopK, truncated_divergence
 from diffdistill.text.answering import Attempt, mean_loss
 from diffdistill.text.selecting import Selecting
-from diffdistill.types import Loss
+from diffdistill.types import Loss, Progress
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd", "sampled"]
 LOGGED: tuple[TokenMap, ...] = ("entropy", "teacher-entropy")
@@ -30,7 +30,6 @@ class Comparing(Selecting):
     """Compares student and teacher at the tokens of the student's answers.
 
     Attributes:
-        teacher: Judges each token of the answers.
         divergence: ``forward-kl`` is KL(teacher || student), ``reverse-kl`` KL(student ||
             teacher), ``jsd`` the generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649).
             ``sampled`` takes log(teacher / student) of the sampled token as a reward (Thinking
@@ -60,9 +59,6 @@ class Comparing(Selecting):
             its direction (ours).
     """
 
-    roles: ClassVar = {"student": {"weights": "trained"}, "teacher": {"weights": "frozen"}}
-
-    teacher: Any
     divergence: Divergence = "reverse-kl"
     baseline: bool = True
     importance_clip: float | None = None
@@ -98,24 +94,12 @@ class Comparing(Selecting):
                 "take another correction, or set allow_biased: true"
             )
 
-    def judgment(self, attempt: Attempt, *, exposure: float | None = None) -> Prediction | TopK:
-        """Return what the teacher predicts of the answers, without a graph.
-
-        Args:
-            attempt: The answers.
-            exposure: What it is shown of the reference solution (see ``rollouts.AnswerFamily``).
-        """
-        condition = self.family.condition(attempt.batch, reader="teacher", exposure=exposure)
-        with torch.no_grad():
-            found: Prediction | TopK = self.teacher(attempt.state, condition)
-        return found
-
-    def distilled(self, attempt: Attempt, *, exposure: float | None = None, **metrics: Any) -> Loss:
+    def distilled(self, attempt: Attempt, progress: Progress) -> Loss:
         """Return the mean divergence from the teacher over the chosen tokens of the step."""
-        theirs = self.judgment(attempt, exposure=exposure)
-        chosen = self.chosen(attempt, theirs)
+        theirs = self.judge(attempt, progress)
+        chosen = self.chosen(attempt, theirs, progress)
         maps = self.compared(attempt, theirs, chosen)
-        return mean_loss(attempt, maps.pop("divergence"), chosen, maps, **metrics)
+        return mean_loss(attempt, maps.pop("divergence"), chosen, maps)
 
     def compared(
         self,

@@ -57,12 +57,12 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: the distilled term, and the rewarded one."""
-        exposure = self.exposure_at(progress)
-        attempt = self.attempt(batch)
-        theirs = self.judgment(attempt, exposure=exposure)
+        exposure = self.shown(progress)
+        attempt = self.attempt(batch, progress)
+        theirs = self.judge(attempt, progress)
         if isinstance(theirs, TopK):
             raise UserError("method egx needs a teacher of its own, not a server")
-        chosen = self.chosen(attempt, theirs) & self._taught(attempt)[:, None]
+        chosen = self.chosen(attempt, theirs, progress) & self._taught(attempt)[:, None]
         maps, told = self._distilled(attempt, theirs, chosen)
         told |= self.watched(batch, attempt, theirs, exposure)
         told |= self.told_exposure(exposure)

@@ -31,13 +31,17 @@ class ExOPD(Extrapolating):
         """Return whether the teacher is shown solutions."""
         return "unused" if self.exposure is None else "shown"
 
+    def shown(self, progress: Progress) -> float | None:
+        """Return the exposure."""
+        return self.exposure
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""
-        attempt = self.attempt(batch)
-        theirs = self.judgment(attempt, exposure=self.exposure)
+        attempt = self.attempt(batch, progress)
+        theirs = self.judge(attempt, progress)
         if isinstance(theirs, TopK):
             raise UserError("method exopd needs a teacher of its own, not a server")
-        chosen = self.chosen(attempt, theirs)
+        chosen = self.chosen(attempt, theirs, progress)
         target = self.target(attempt, theirs, chosen)
         maps = self.compared(attempt, theirs, chosen, **target)
         told = self.told_strength(target, chosen)

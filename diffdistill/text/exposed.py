@@ -82,7 +82,7 @@ class Exposed(Comparing):
         """Return that the teacher is shown solutions."""
         return "shown"
 
-    def exposure_at(self, progress: Progress) -> float:
+    def shown(self, progress: Progress) -> float:
         """Return the exposure of a step, the same for all its micro-batches and ranks."""
         self._step = progress.step
         if self.exposure_policy == "learned":

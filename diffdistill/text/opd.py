@@ -7,7 +7,7 @@ of the answer are compared.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffdistill.rollouts import Solutions
+from diffdistill.rollouts import Answers, Solutions
 from diffdistill.text.comparing import Comparing
 from diffdistill.types import Batch, Loss, Progress
 
@@ -40,7 +40,10 @@ class OPD(Comparing):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""
+        yield self.distilled(self.attempt(batch, progress), progress)
+
+    def answered(self, batch: Batch, progress: Progress) -> tuple[Batch, Answers]:
+        """Return the student's answers, or in the other steps those of the data."""
         if self.draws.integer("mix", progress.step, PARTS) < self.on_policy_share * PARTS:
-            yield self.distilled(self.attempt(batch))
-        else:
-            yield self.distilled(self.read(batch, self.family.given(batch)))
+            return super().answered(batch, progress)
+        return batch, self.family.given(batch)

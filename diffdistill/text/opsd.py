@@ -42,6 +42,10 @@ class OPSD(Comparing):
         """Return that the teacher is shown solutions."""
         return "shown"
 
+    def shown(self, progress: Progress) -> float:
+        """Return the exposure."""
+        return self.exposure
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""
-        yield self.distilled(self.attempt(batch), exposure=self.exposure)
+        yield self.distilled(self.attempt(batch, progress), progress)

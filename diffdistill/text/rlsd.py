@@ -55,7 +55,7 @@ class RLSD(Rewarded):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss."""
-        attempt = self.attempt(batch)
+        attempt = self.attempt(batch, progress)
         rewards = self.rewards(attempt)
         mask, tokens = self.rewarded_tokens(attempt), attempt.answers.tokens
         ours = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)

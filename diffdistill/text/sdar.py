@@ -7,14 +7,14 @@ teacher finds it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import ClassVar
 
 from diffdistill.divergences import masked_mean
+from diffdistill.errors import UserError
 from diffdistill.gates import sdar_map
 from diffdistill.projection import token_maps
 from diffdistill.rollouts import Solutions
+from diffdistill.supports import TopK
 from diffdistill.text.gated import Gated
 from diffdistill.text.rewarded import Rewarded
 from diffdistill.text.selecting import Selecting
@@ -29,7 +29,6 @@ class SDAR(Gated, Selecting, Rewarded):
     makes every token more likely, in proportion to g, and is no divergence (docs/methods/sdar.md).
 
     Attributes:
-        teacher: Sees the privileged context.
         weight: Of the distilled term; 0.01 in the released scripts, 0.1 in the code's default.
         reward_weight: Of the rewarded term.
         exposure: What the teacher is shown of the reference solution.
@@ -40,7 +39,6 @@ class SDAR(Gated, Selecting, Rewarded):
         "teacher": {"weights": "live", "of": "student"},
     }
 
-    teacher: Any
     num_answers: int = 8
     weight: float = 0.01
     reward_weight: float = 1.0
@@ -50,13 +48,17 @@ class SDAR(Gated, Selecting, Rewarded):
         """Return that the teacher is shown solutions."""
         return "shown"
 
+    def shown(self, progress: Progress) -> float:
+        """Return the exposure."""
+        return self.exposure
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: the rewarded and the distilled term."""
-        attempt = self.attempt(batch)
+        attempt = self.attempt(batch, progress)
         rewards = self.rewards(attempt)
-        condition = self.family.condition(attempt.batch, reader="teacher", exposure=self.exposure)
-        with torch.no_grad():
-            theirs = self.teacher(attempt.state, condition)
+        theirs = self.judge(attempt, progress)
+        if isinstance(theirs, TopK):
+            raise UserError("method sdar needs a teacher of its own, not a server")
         maps = token_maps(
             attempt.prediction,
             theirs,
@@ -66,7 +68,7 @@ class SDAR(Gated, Selecting, Rewarded):
             temperature=self.temperature,
         )
         ours, judged = maps["logprob"], maps["teacher-logprob"]
-        chosen = self.chosen(attempt, theirs)
+        chosen = self.chosen(attempt, theirs, progress)
         gate = self.gates(attempt, ours.detach(), judged, maps, chosen)
         distilled = masked_mean(sdar_map(ours, judged, gate), chosen)
         value, count = self.policy(attempt, self.advantages(rewards), ours)

@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffdistill.supports import Correction, Support
-from diffdistill.text.answering import mean_loss
+from diffdistill.projection import Prediction
+from diffdistill.supports import Correction, Support, TopK
+from diffdistill.text.answering import Attempt, mean_loss
 from diffdistill.text.comparing import Comparing, Divergence
 from diffdistill.types import Batch, Loss, Progress
 from diffdistill.verifying import AnswerReward
@@ -56,19 +57,31 @@ class SDPO(Comparing):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of answers whose teacher was shown one."""
-        attempt = self.attempt(batch)
-        texts = self.family.spelled(attempt.answers)
-        rewards = self.reward.score(texts, self.family.examples(attempt.batch))
-        shown = siblings(texts, rewards >= self.right, self.num_answers)
-        solutions = [text or NOTHING for text in shown]
+        attempt = self.attempt(batch, progress)
+        shown, rewards = self._siblings(attempt)
         taught = torch.tensor([text is not None for text in shown], device=rewards.device)
-        told = attempt._replace(batch=self.family.with_solutions(attempt.batch, solutions))
-        theirs = self.judgment(told, exposure=1.0)
-        chosen = self.chosen(attempt, theirs) & taught[:, None]
+        theirs = self.judge(attempt, progress)
+        chosen = self.chosen(attempt, theirs, progress) & taught[:, None]
         maps = self.compared(attempt, theirs, chosen)
         error = maps.pop("divergence")
         metrics = {"reward": rewards.mean(), "taught_share": taught.float().mean()}
         yield mean_loss(attempt, error, chosen, maps, **metrics)
+
+    def shown(self, progress: Progress) -> float:
+        """Return that the teacher is shown all of the other answer."""
+        return 1.0
+
+    def judge(self, attempt: Attempt, progress: Progress) -> Prediction | TopK:
+        """Return what the teacher predicts that is shown another answer, without a graph."""
+        solutions = [text or NOTHING for text in self._siblings(attempt)[0]]
+        told = attempt._replace(batch=self.family.with_solutions(attempt.batch, solutions))
+        return super().judge(told, progress)
+
+    def _siblings(self, attempt: Attempt) -> tuple[list[str | None], Tensor]:
+        """Return the right answer that is shown beside each, and the reward of each ``[B]``."""
+        texts = self.family.spelled(attempt.answers)
+        rewards = self.reward.score(texts, self.family.examples(attempt.batch))
+        return siblings(texts, rewards >= self.right, self.num_answers), rewards
 
 
 def siblings(texts: Sequence[str], right: Tensor, num_answers: int) -> list[str | None]:
