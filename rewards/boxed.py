@@ -17,10 +17,10 @@ class Boxed(FinalAnswer):
 
     def final(self, answer: str) -> str | None:
         """Return what the last box holds, None without one, or if it is empty or open."""
-        return last_boxed(answer) or None
+        return final_box(answer) or None
 
 
-def last_boxed(text: str) -> str | None:
+def final_box(text: str) -> str | None:
     r"""Return what the last ``\boxed{...}`` of a text holds, None if there is none or it is open.
 
     Braces within must be balanced; escaped ones do not count.
