@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import text_faults
+
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("configs", "diffdistill", "pipelines", "pyproject.toml", "rewards", "tests")
 IMPORTED = ("torch", "peft", "pydantic", "yaml")
@@ -42,6 +44,7 @@ TESTS = {
     "pipelines/streaming.py": "test_streaming.py",
     "pipelines/wan_decoding.py": "test_method_self_forcing.py",
     "pipelines/wan_streaming.py": "test_method_self_forcing.py",
+    **text_faults.TESTS,
 }
 
 
@@ -517,6 +520,7 @@ FAULTS = [
         'self.draws.uniform(f"time/{b}", batch["ids"])',
         'self.draws.uniform("time", batch["ids"])',
     ),
+    *(Fault(*fault) for fault in text_faults.FAULTS),
 ]
 
 

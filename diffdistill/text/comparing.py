@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.estimators import policy_gradient_map
+from diffdistill.estimators import log_ratio, policy_gradient_map
 from diffdistill.policy import discounted, informed_weights
 from diffdistill.projection import Prediction, TokenMap, token_maps
 from diffdistill.supports import Correction, Support, TopK, truncated_divergence
@@ -196,12 +196,13 @@ class Comparing(Selecting):
         """Return the reward of each sampled token, ``[B, A]``."""
         logprob, sampler = maps["logprob"], attempt.answers.logprobs
         assert sampler is not None, "divergence sampled is for answers of the student's own"
-        gap = maps["teacher-logprob"] - logprob
-        reward = gap + maps["reverse-kl"] if "reverse-kl" in maps else gap
+        reward = log_ratio(logprob, maps["teacher-logprob"], maps.get("reverse-kl"))
         if self.discount:
             reward = discounted(reward, chosen, self.discount)
         if self.informed:
-            reward = reward * informed_weights(gap, chosen, self.informed)
+            reward = reward * informed_weights(
+                log_ratio(logprob, maps["teacher-logprob"]), chosen, self.informed
+            )
         if self.importance_clip is not None:
             reward = reward * (logprob - sampler).exp().clamp_max(self.importance_clip)
         return reward
