@@ -202,8 +202,8 @@ FAULTS = [
     (
         "text: a selection of all tokens",
         "diffdistill/text/selecting.py",
-        "scores, mask, self.retention, numbers=numbers",
-        "scores, mask, 1.0, numbers=numbers",
+        "progress), mask, self.retention, numbers=numbers",
+        "progress), mask, 1.0, numbers=numbers",
     ),
     (
         "text: the likelihood bound without its weight",
