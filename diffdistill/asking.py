@@ -3,11 +3,12 @@
 Answer ``j`` to question ``i`` has the same random numbers for every model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffdistill.answering import ANSWERS_PER_PROMPT, Draft, Prompt
 from diffdistill.data.problems import Problem, settle
@@ -55,9 +56,20 @@ def as_prompt(example: Example) -> Prompt:
 
 
 def reply(
-    session: Session, role: Role, asked: Sequence[Example], settings: AnswerSampleSettings
+    session: Session,
+    role: Role,
+    asked: Sequence[Example],
+    settings: AnswerSampleSettings,
+    watch: Callable[[Draft], None] | None = None,
 ) -> Iterator[Draft]:
     """Yield the answers of a role, question by question; no privileged context is shown.
+
+    Args:
+        session: The session.
+        role: Who is asked.
+        asked: The questions.
+        settings: How answers are sampled.
+        watch: Told each answer as far as it is, after each of its tokens.
 
     Raises:
         UserError: If the model cannot write, or a question cannot be put to it.
@@ -72,10 +84,33 @@ def reply(
         batch = tasks[start : start + settings.batch_size]
         ids = torch.tensor([i * ANSWERS_PER_PROMPT + j for i, j in batch], device=family.device)
         told = prompt_condition([prompts[index] for index, _ in batch], family)
+        heard = None if watch is None else _Growing(batch, family.end_ids, watch)
         with torch.no_grad(), role.acting(family.device):
-            found = family.sample(role.network, told, ids, sampling, draws, purpose="answer")
+            found = family.sample(
+                role.network, told, ids, sampling, draws, purpose="answer", watch=heard
+            )
         for (index, number), tokens, mask in zip(batch, found.tokens, found.mask, strict=True):
             yield Draft(index, number, tokens[mask].tolist(), done=True)
+
+
+class _Growing:
+    """Answers as far as they are written."""
+
+    def __init__(
+        self,
+        tasks: Sequence[tuple[int, int]],
+        end_ids: Sequence[int],
+        watch: Callable[[Draft], None],
+    ) -> None:
+        self.drafts = [Draft(index, number, [], done=False) for index, number in tasks]
+        self.end_ids = end_ids
+        self.watch = watch
+
+    def __call__(self, tokens: Tensor) -> None:
+        for draft, token in zip(self.drafts, tokens.tolist(), strict=True):
+            if not draft.tokens or draft.tokens[-1] not in self.end_ids:
+                draft.tokens.append(token)
+                self.watch(draft)
 
 
 def writer(role: Role) -> CausalLM:

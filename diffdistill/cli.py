@@ -99,22 +99,25 @@ def sample(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, 1 the model.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only tokens of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only so many tokens; 0 is all.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of texts; 1 is none.")] = None,
 ) -> None:
     """Draw or answer prompts with one or several models, from the same noise; or stream a video."""
-    from diffdistill.commands.sessions import is_of_texts
+    from diffdistill.commands.sessions import kind_of
 
     models = [name for name in compare.split(",") if name]
     changes = list(overrides or [])
     options: dict[str, Any] = {"prompts": prompt or [], "checkpoint": checkpoint, "output": output}
-    texts: dict[str, Any] = {
-        "plain": plain,
+    words: dict[str, Any] = {
         "num_answers": num_answers,
         "max_tokens": max_tokens,
-        "schedule": schedule,
-        "threshold": threshold,
         "temperature": temperature,
         "top_p": top_p,
+    }
+    masked: dict[str, Any] = {
+        "plain": plain,
+        "schedule": schedule,
+        "threshold": threshold,
         "guidance": guidance,
     }
     pictures: dict[str, Any] = {
@@ -126,16 +129,27 @@ def sample(
         "fps": fps,
         "switch": switch,
     }
-    if is_of_texts(source, changes):
+    kind = kind_of(source, changes)
+    if kind == "answers":
+        from diffdistill.commands.sample_answers import sample_answers
+
+        _refuse(pictures, f"for images and videos, and {source} is of texts")
+        _refuse(masked | {"steps": steps}, f"for masked diffusion, and {source} is autoregressive")
+        given = words | {"seed": seed, "top_k": top_k}
+        changes += [f"sample.{k}={v}" for k, v in given.items() if v is not None]
+        sample_answers(source, compare=models, overrides=changes, **options)
+        return
+    _refuse({"top_k": top_k}, f"for autoregressive models, and {source} is of none")
+    if kind == "texts":
         from diffdistill.commands.sample_text import sample_text
 
         _refuse(pictures, f"for images and videos, and {source} is of texts")
-        given = texts | {"num_steps": steps, "seed": seed, "plain": None}
+        given = words | masked | {"num_steps": steps, "seed": seed, "plain": None}
         changes += [f"sample.{k}={v}" for k, v in given.items() if v is not None]
         changes += ["sample.chat=false"] if plain else []
         sample_text(source, compare=models, overrides=changes, **options)
         return
-    _refuse(texts, f"for texts, and {source} is of images or videos")
+    _refuse(words | masked, f"for texts, and {source} is of images or videos")
     changes += [] if fps is None else [f"sample.fps={fps}"]
     options |= {"steps": steps, "seed": seed, "size": None if size is None else _size(size)}
     if stream:
@@ -181,7 +195,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="few-step (images), video, or vbench (files for its harness); of texts: text "
-            "(likelihood of the data), python, or lm-eval."
+            "(likelihood of the data), python, or lm-eval; of autoregressive models: answers."
         ),
     ] = None,
     checkpoint: Checkpoint = "latest",

@@ -1,5 +1,6 @@
 """The family ``causal-lm``: autoregressive language models, as transformers has them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class CausalLM(NetworkFamily):
         draws: Draws,
         *,
         purpose: str,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Answers:
         """Return an answer to each prompt; it depends on purpose and id, not on its batch.
 
@@ -82,6 +84,7 @@ class CausalLM(NetworkFamily):
             sampling: How tokens are sampled.
             draws: Random numbers.
             purpose: What they are for.
+            watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
         """
         return sample_answers(
             network,
@@ -92,6 +95,7 @@ class CausalLM(NetworkFamily):
             end_ids=self.end_ids,
             pad_id=self.pad_id,
             words=self.words,
+            watch=watch,
         )
 
     def network(self, path: str | None = None) -> nn.Module:

@@ -1,6 +1,6 @@
 """Answers of causal LMs by transformers' ``generate``, with random numbers keyed by row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,14 @@ class Choosing(LogitsProcessor):
         logprobs: The log-probability ``[B]`` of each token that was chosen, in that distribution.
     """
 
-    def __init__(self, sampling: Sampling, numbers: Tensor, start: int, words: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        numbers: Tensor,
+        start: int,
+        words: int,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Create a choice.
 
         Args:
@@ -38,11 +45,13 @@ class Choosing(LogitsProcessor):
             numbers: Uniform numbers ``[B, A]`` in [0, 1).
             start: Tokens of the prompt.
             words: Logits that stand for a token; what a table has beyond them is never chosen.
+            watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
         """
         self.greedy = sampling.temperature == 0.0
         self.numbers = numbers
         self.start = start
         self.words = words
+        self.watch = watch
         self.logprobs: list[Tensor] = []
         self.warpers = LogitsProcessorList()
         if not self.greedy:
@@ -64,6 +73,8 @@ class Choosing(LogitsProcessor):
             logprobs = self.warpers(input_ids, logits).double().log_softmax(-1)
             tokens = invert(logprobs.exp(), self.numbers[:, place].double())
             self.logprobs.append(logprobs.gather(1, tokens[:, None])[:, 0].float())
+        if self.watch is not None:
+            self.watch(tokens)
         return forced.scatter(1, tokens[:, None], 0.0)
 
 
@@ -78,6 +89,7 @@ def sample_answers(
     end_ids: Sequence[int],
     pad_id: int,
     words: int,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Answers:
     """Return answers ``[B, A]``, A being the length of the longest, without dropout.
 
@@ -90,8 +102,9 @@ def sample_answers(
         end_ids: An answer ends with the first of these.
         pad_id: Fills up answers; it may be one of ``end_ids``.
         words: Logits that stand for a token.
+        watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
     """
-    choosing = Choosing(sampling, numbers, prompt.shape[1], words)
+    choosing = Choosing(sampling, numbers, prompt.shape[1], words, watch)
     with _at_rest(network):
         generating: Any = network
         rows = generating.generate(

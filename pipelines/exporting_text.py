@@ -12,16 +12,18 @@ from diffdistill.adapters import save_lora
 from diffdistill.pipelines import loading
 from diffdistill.pipelines.exporting import check_empty, merged_state
 from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.network_family import NetworkFamily
+from diffdistill.pipelines.token_family import TokenFamily
 
 
 def export_language_model(
-    family: LanguageFamily, network: nn.Module, folder: Path, *, adapter: str | None = None
+    family: NetworkFamily, network: nn.Module, folder: Path, *, adapter: str | None = None
 ) -> Path:
     """Write a text model for ``AutoModelForCausalLM`` and ``AutoTokenizer``; return the folder.
 
-    Its ``config.json`` says besides how it is to be called: ``is_causal`` false, ``mask_token_id``,
-    and ``block_size``, the tokens that are denoised together. The tokenizer has the mask token and
-    the chat template with which it was trained.
+    The tokenizer has the chat template with which it was trained. Of masked diffusion, it has the
+    mask token too, and ``config.json`` says how the model is to be called: ``is_causal`` false,
+    ``mask_token_id``, and ``block_size``, the tokens that are denoised together.
 
     Args:
         family: The model family.
@@ -36,9 +38,10 @@ def export_language_model(
     state = merged_state(network, adapter, family.weights_dtype)
     described: Any = network
     config = type(described.config).from_dict(_plain_config(described.config))
-    config.is_causal = False
-    config.mask_token_id = family.mask_id
-    config.block_size = family.block
+    if isinstance(family, LanguageFamily):
+        config.is_causal = False
+        config.mask_token_id = family.mask_id
+        config.block_size = family.block
     config.dtype = family.weights_dtype
     with torch.device("meta"):
         plain: Any = type(described)(config)
@@ -58,15 +61,15 @@ def _plain_config(config: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k != "quantization_config"}
 
 
-def _save_tokenizer(family: LanguageFamily, folder: Path) -> None:
+def _save_tokenizer(family: TokenFamily, folder: Path) -> None:
     tokenizer = family.tokenizer
-    if tokenizer.mask_token is None:
+    if isinstance(family, LanguageFamily) and tokenizer.mask_token is None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(family.mask_id)
     tokenizer.save_pretrained(str(folder))
 
 
 def export_language_lora(
-    family: LanguageFamily,
+    family: TokenFamily,
     adapter: Mapping[str, Tensor],
     folder: Path,
     *,

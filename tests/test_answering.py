@@ -252,7 +252,7 @@ def test_on_a_terminal_hidden_tokens_are_dots_until_they_settle(world: Path) -> 
     role, chosen = session.roles["student"], settings(num_answers=1, max_tokens=8)
     family = language_family(role)
     console = Console(file=io.StringIO(), force_terminal=True, width=120, _environ={})
-    page = command.Page(PROMPTS[:1], ["base", "student"], chosen, console)
+    page = command.Page(PROMPTS[:1], ["base", "student"], chosen.num_answers, console)
     dots = []
     with page:
         for draft in write(role, PROMPTS[:1], chosen):

@@ -7,12 +7,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from diffdistill import catalog
-from diffdistill.config import SECTIONS, attribute_notes, bundled_configs, options_model
+from diffdistill.config import SAMPLES, SECTIONS, attribute_notes, bundled_configs, options_model
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
-from diffdistill.evaluation.text_settings import TextEvaluateSettings
+from diffdistill.evaluation.text_settings import AnswerEvaluateSettings, TextEvaluateSettings
 from diffdistill.roles import RoleSettings
-from diffdistill.sample_settings import SampleSettings, TextSampleSettings
 
 KINDS = {"methods": "method", "families": "family", "rewards": "reward"}
 
@@ -47,14 +46,14 @@ def _first_line(cls: type) -> str:
 def json_schema() -> str:
     """Return the JSON schema of config files."""
     properties = {name: _schema(cls) for name, cls in SECTIONS.items()}
-    properties["sample"] = {"anyOf": [_schema(SampleSettings), _schema(TextSampleSettings)]}
+    properties["sample"] = {"anyOf": [_schema(cls) for cls in SAMPLES.values()]}
     for kind in ("method", "family"):
         properties[kind] = {"oneOf": [_named(kind, n) for n in sorted(catalog.names(kind))]}
     role = _schema(RoleSettings)
     role["properties"]["family"] |= {"anyOf": [{"$ref": "#/properties/family"}, {"type": "null"}]}
     properties["roles"] = {"type": "object", "additionalProperties": role}
-    evaluate = [_schema(EvaluateSettings), _schema(TextEvaluateSettings)]
-    properties["evaluate"] = {"anyOf": evaluate}
+    evaluate = (EvaluateSettings, TextEvaluateSettings, AnswerEvaluateSettings)
+    properties["evaluate"] = {"anyOf": [_schema(cls) for cls in evaluate]}
     own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
     reward = {"anyOf": [{"type": "string"}, *named, own]}

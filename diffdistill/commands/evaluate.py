@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffdistill.checkpoints import write_atomic
+from diffdistill.commands.evaluate_answers import evaluate_answers
 from diffdistill.commands.evaluate_text import evaluate_text
 from diffdistill.commands.sample import how_sampled
-from diffdistill.commands.sessions import is_of_texts, models, open_session, render
+from diffdistill.commands.sessions import kind_of, models, open_session, render
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings, Row, few_step, parse_settings
 from diffdistill.evaluation.groups import make_groups, read_named_prompts
 from diffdistill.evaluation.vbench import NUM_VIDEOS, Order, write_videos
 from diffdistill.evaluation.video import Sampling, VideoRow, chosen_prompts, make_scene, video
+from diffdistill.method import Kind
 from diffdistill.sampling import makes_videos
-from diffdistill.session import Session
+from diffdistill.session import KINDS, Session
 
-SUITES = ("few-step", "video", "vbench")
-TEXT_SUITES = ("text", "python", "lm-eval")
+SUITES: dict[Kind, tuple[str, ...]] = {
+    "pictures": ("few-step", "video", "vbench"),
+    "texts": ("text", "python", "lm-eval"),
+    "answers": ("answers",),
+}
 
 
 def evaluate(
@@ -34,12 +39,12 @@ def evaluate(
     ``few-step`` measures images against the number of sampling steps, ``video`` the rewards,
     flicker, drift and speed of videos; the rows are written as JSON into ``evaluation.json`` or
     ``evaluation-video.json`` of a run's folder. ``vbench`` writes videos for the official
-    harness. Of text models, see ``evaluate_text``.
+    harness. Of text models, see ``evaluate_text``, of autoregressive ones ``evaluate_answers``.
 
     Args:
         source: A run's folder, or a config (before any training).
         suite: ``few-step``, ``video`` or ``vbench``, of texts ``text``, ``python`` or
-            ``lm-eval``; None is the first.
+            ``lm-eval``, of autoregressive models ``answers``; None is the first.
         checkpoint: Which checkpoint of a run.
         output: The JSON file; None is that of the run, and none for a config. For ``vbench`` the
             folder; None is ``vbench`` in the run's folder, or here.
@@ -48,13 +53,14 @@ def evaluate(
     Raises:
         UserError: If the section ``evaluate`` does not say what can be measured here.
     """
-    texts = is_of_texts(source, overrides)
-    suites = TEXT_SUITES if texts else SUITES
+    kind = kind_of(source, overrides)
+    suites = SUITES[kind]
     suite = suites[0] if suite is None else suite
     if suite not in suites:
-        of = "texts" if texts else "images and videos"
-        raise UserError(f"no suite {suite!r} for {of}; there is {', '.join(suites)}")
-    if texts:
+        raise UserError(f"no suite {suite!r} for {KINDS[kind][1]}; there is {', '.join(suites)}")
+    if kind == "answers":
+        return evaluate_answers(source, checkpoint, output, overrides)
+    if kind == "texts":
         return evaluate_text(source, suite, checkpoint, output, overrides)
     session = open_session(source, checkpoint, overrides)
     settings = parse_settings(session.config.evaluate, f"{source}: evaluate")

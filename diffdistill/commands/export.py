@@ -5,7 +5,6 @@ from pathlib import Path
 from torch import Tensor
 
 from diffdistill import catalog
-from diffdistill.answering import language_family
 from diffdistill.checkpoints import restore, role_tensors
 from diffdistill.errors import UserError
 from diffdistill.pipelines.exporting import (
@@ -16,6 +15,8 @@ from diffdistill.pipelines.exporting import (
 )
 from diffdistill.pipelines.exporting_text import export_language_lora, export_language_model
 from diffdistill.pipelines.latent import LatentFamily
+from diffdistill.pipelines.network_family import NetworkFamily
+from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.wan_pipeline import write_settings
 from diffdistill.pipelines.wan_streaming import WanStreaming
@@ -60,7 +61,7 @@ def export(
         raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
     family = session.family
     name = session.config.family["name"]
-    if isinstance(family, TextPair):
+    if isinstance(family, TextPair | Questions):
         if layout not in TEXT_LAYOUTS:
             raise UserError(f"layout {layout!r} is for images and videos, not for {name}; here: "
                             f"{', '.join(TEXT_LAYOUTS)}")  # fmt: skip
@@ -88,7 +89,8 @@ def _say_how_it_streams(session: Session, family: WanStreaming, role: Role, writ
 
 
 def _write_text(role: Role, output: Path, layout: str) -> Path:
-    family = language_family(role)
+    family = role.family
+    assert isinstance(family, NetworkFamily), f"{role.name} is no language model"
     if layout == "auto":
         layout = "model" if role.adapter is None else "lora"
     if layout == "lora":

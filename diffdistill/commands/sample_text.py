@@ -25,7 +25,7 @@ from diffdistill.checkpoints import write_atomic
 from diffdistill.commands.sessions import models, open_session
 from diffdistill.errors import UserError
 from diffdistill.pipelines.language import LanguageFamily
-from diffdistill.sample_settings import TextSampleSettings
+from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.sampling import inference
 from diffdistill.session import text_pair
 
@@ -70,22 +70,23 @@ def sample_text(
         for prompt in asked:  # before any is written
             spelled(language_family(role), prompt, settings.chat)
     rows: list[dict[str, Any]] = []
-    with _page(asked, list(chosen), settings) as page, inference(session):
+    with page_of(asked, list(chosen), settings.num_answers) as page, inference(session):
         for name, role in chosen.items():
             family, start = language_family(role), time.perf_counter()
             for draft in write(role, asked, settings):
                 page.take(name, family, draft)
                 if draft.done:
-                    rows.append(_row(name, family, asked[draft.prompt], draft, settings.seed))
+                    rows.append(answer_row(name, family, asked[draft.prompt], draft, settings.seed))
             page.told(name, rows, time.perf_counter() - start)
     if output is not None:
-        _write(rows, output)
+        write_rows(rows, output)
     return rows
 
 
-def _row(
-    model: str, family: LanguageFamily, prompt: Prompt, draft: Draft, seed: int
+def answer_row(
+    model: str, family: TokenFamily, prompt: Prompt, draft: Draft, seed: int
 ) -> dict[str, Any]:
+    """Return what is written of an answer."""
     tokens = draft.tokens
     return {
         "prompt": prompt.text,
@@ -100,7 +101,12 @@ def _row(
     }
 
 
-def _write(rows: Sequence[dict[str, Any]], output: Path) -> None:
+def write_rows(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Write rows as JSON lines.
+
+    Raises:
+        UserError: If that is not possible.
+    """
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,7 @@ class Lines:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def take(self, model: str, family: LanguageFamily, draft: Draft) -> None:
+    def take(self, model: str, family: TokenFamily, draft: Draft) -> None:
         """Print the answer if it is done."""
         if draft.done:
             self._print(f"> {self.prompts[draft.prompt].text}")
@@ -143,12 +149,12 @@ class Page(Lines):
         self,
         prompts: Sequence[Prompt],
         models: Sequence[str],
-        settings: TextSampleSettings,
+        num_answers: int,
         console: Console,
     ) -> None:
         super().__init__(prompts, console)
         self.models = models
-        self.num_answers = settings.num_answers
+        self.num_answers = num_answers
         self.texts: dict[tuple[str, int, int], Text] = {}
         self.speeds: list[str] = []
         self.live = Live(console=console, get_renderable=self.table, refresh_per_second=REFRESHES)
@@ -162,7 +168,7 @@ class Page(Lines):
         for line in self.speeds:
             print(line, file=sys.stderr, flush=True)
 
-    def take(self, model: str, family: LanguageFamily, draft: Draft) -> None:
+    def take(self, model: str, family: TokenFamily, draft: Draft) -> None:
         """Show the answer as far as it is."""
         self.texts[model, draft.prompt, draft.number] = drafted(family, draft)
 
@@ -180,11 +186,12 @@ class Page(Lines):
         return table
 
 
-def drafted(family: LanguageFamily, draft: Draft) -> Text:
+def drafted(family: TokenFamily, draft: Draft) -> Text:
     """Return an answer with a dim dot for each token that is hidden."""
     text, known = Text(), list[int]()
+    mask_id = family.mask_id if isinstance(family, LanguageFamily) else None
     for token in draft.tokens:
-        if token != family.mask_id:
+        if token != mask_id:
             known.append(token)
             continue
         text.append(shown(family, known))
@@ -193,7 +200,7 @@ def drafted(family: LanguageFamily, draft: Draft) -> Text:
     return text.append(shown(family, known))
 
 
-def shown(family: LanguageFamily, tokens: Sequence[int]) -> str:
+def shown(family: TokenFamily, tokens: Sequence[int]) -> str:
     """Return a text that cannot control a terminal."""
     return decoded(family, tokens).translate(CONTROLS)
 
@@ -204,8 +211,9 @@ def speed(model: str, rows: Sequence[dict[str, Any]], seconds: float) -> str:
     return f"{model}: {tokens} tokens in {seconds:.3g} s, {tokens / seconds:.3g} tokens per second"
 
 
-def _page(prompts: Sequence[Prompt], models: Sequence[str], settings: TextSampleSettings) -> Lines:
+def page_of(prompts: Sequence[Prompt], models: Sequence[str], num_answers: int) -> Lines:
+    """Return what shows answers: side by side on a terminal, elsewhere one after the other."""
     console = Console()
     if console.is_terminal:
-        return Page(prompts, models, settings, console)
+        return Page(prompts, models, num_answers, console)
     return Lines(prompts, console)

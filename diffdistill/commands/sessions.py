@@ -10,6 +10,7 @@ from diffdistill import catalog
 from diffdistill.checkpoints import restore
 from diffdistill.config import load_config
 from diffdistill.errors import UserError
+from diffdistill.method import Kind
 from diffdistill.roles import Role
 from diffdistill.sampling import base_role
 from diffdistill.session import Session, build
@@ -45,8 +46,8 @@ def open_session(source: str, checkpoint: str = "latest", overrides: Sequence[st
     return restore(Path(source), checkpoint, overrides=overrides)
 
 
-def is_of_texts(source: str, overrides: Sequence[str] = ()) -> bool:
-    """Return whether a run's folder, or a config, is of a text model; nothing is loaded.
+def kind_of(source: str, overrides: Sequence[str] = ()) -> Kind:
+    """Return what a run's folder, or a config, is of; nothing is loaded.
 
     Raises:
         UserError: If there is no such config, or it is wrong.
@@ -58,8 +59,8 @@ def is_of_texts(source: str, overrides: Sequence[str] = ()) -> bool:
         config = load_config(str(run / "config.yaml"))
     else:
         config = load_config(source, overrides)
-    texts: bool = catalog.load("method", config.method["name"]).texts
-    return texts
+    kind: Kind = catalog.load("method", config.method["name"]).kind()
+    return kind
 
 
 def models(session: Session, names: Sequence[str]) -> dict[str, Role]:

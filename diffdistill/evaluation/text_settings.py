@@ -1,4 +1,4 @@
-"""The ``evaluate`` section of a config file of texts."""
+"""The ``evaluate`` section of a config file of language models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
 
 from diffdistill.config import RunConfig, parse
 from diffdistill.evaluation.few_step import parse_settings
-from diffdistill.sample_settings import TextSampleSettings
+from diffdistill.sample_settings import AnswerSampleSettings, TextSampleSettings
 
 
 def _listed(value: Any) -> Any:
@@ -62,6 +62,25 @@ class TextEvaluateSettings:
     allow_code: bool = False
 
 
+@dataclass(kw_only=True)
+class AnswerEvaluateSettings:
+    """How the answers of autoregressive models are measured.
+
+    Attributes:
+        roles: Models to measure: ``base`` (before training) and roles of the method. None takes
+            base and student.
+        max_examples: Questions of the data, its first; None takes all.
+        num_tries: The k of pass@k, for each of which ``sample.num_answers`` must suffice. None
+            takes 1 and ``sample.num_answers``.
+        accepted: The least score of an answer that is right.
+    """
+
+    roles: Listed | None = None
+    max_examples: PositiveInt | None = 64
+    num_tries: list[PositiveInt] | None = None
+    accepted: float = 1.0
+
+
 def parse_text_settings(
     values: Mapping[str, Any], origin: str = "evaluate"
 ) -> TextEvaluateSettings:
@@ -82,5 +101,7 @@ def check_evaluate(config: RunConfig) -> None:
     """
     if isinstance(config.sample, TextSampleSettings):
         parse_text_settings(config.evaluate)
+    elif isinstance(config.sample, AnswerSampleSettings):
+        parse(AnswerEvaluateSettings, config.evaluate, "evaluate")
     else:
         parse_settings(config.evaluate)
