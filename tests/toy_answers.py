@@ -117,11 +117,14 @@ def answers_of(tokens: Tensor, logprobs: Tensor | None) -> Answers:
 
 
 class FirstToken:
-    """Rewards answers whose first token is the number of the question."""
+    """Rewards answers whose first token is the number of the question; any but "end" parses."""
 
     def score(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
         pairs = zip(answers, examples, strict=True)
         return torch.tensor([float(a[:1] == (e.answer or "")[:1]) for a, e in pairs])
+
+    def parses(self, answers: Sequence[str]) -> Tensor:
+        return torch.tensor([a[:1] != str(END) for a in answers])
 
 
 def question_batch(size: int = 3, *, first_id: int = 0) -> dict[str, Any]:

@@ -109,11 +109,16 @@ class Rewarded(Answering):
         )
 
     def told(self, attempt: Attempt, rewards: Tensor) -> dict[str, Tensor]:
-        """Return what to log; ``flat_groups`` is the share of questions that teach nothing."""
+        """Return what to log.
+
+        ``flat_groups`` is the share of questions that teach nothing, ``parse_rate`` that of answers
+        in the format that is asked for: where it falls, a format collapses (see docs/diagnose.md).
+        """
         groups = rewards.view(-1, self.num_answers)
         answers = attempt.answers
         return {
             "reward": rewards.mean(),
+            "parse_rate": self.reward.parses(self.family.spelled(answers)).float().mean(),
             "flat_groups": (groups.amax(1) == groups.amin(1)).float().mean(),
             "answer_tokens": answers.mask.sum(dim=1).float().mean(),
             "ended": answers.ended.float().mean(),
