@@ -103,7 +103,7 @@ class Recipe:
 
 
 RECIPES = {
-    "student": Recipe(hidden=96, layers=4, heads=3, inner=256, ar_steps=400, diffusion_steps=800),
+    "student": Recipe(hidden=64, layers=3, heads=2, inner=176, ar_steps=300, diffusion_steps=500),
     "dense": Recipe(hidden=192, layers=6, heads=6, inner=512, ar_steps=500, diffusion_steps=400),
     "moe": Recipe(
         hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=600, diffusion_steps=1200

@@ -234,8 +234,8 @@ def readme(results: dict[str, Any]) -> str:
         "# TIDE on functions of Python's library",
         "",
         f"Made by `python scripts/reproduce/tide.py --seeds {seeds} --steps {results['steps']}`. "
-        f"Each arm goes on from `python-bd3lm` for {results['steps']} steps; files kept from "
-        "training. Mean and standard deviation over "
+        f"Each arm goes on from `python-bd3lm` for {results['steps']} steps of 8 texts; files kept "
+        "from training. Mean and standard deviation over "
         f"{seeds} training seeds; the masks of the measurements are the same for all. Bits per "
         "byte are bounds, whose Monte Carlo error is in results.json. KL to dense is KL(teacher || "
         "student) of a hidden token, chunk KL to MoE the KL of the event that a hidden chunk is "
