@@ -106,6 +106,7 @@ def _reward_of_file(file: Path, attribute: str) -> Any:
         UserError: If there is no such file or class, or the class is no ``Reward``.
     """
     from diffdistill.rewarding import Reward
+    from diffdistill.verifying import AnswerReward
 
     if not file.is_file():
         raise UserError(f"reward {file}:{attribute}: there is no file {file.absolute()}")
@@ -129,14 +130,14 @@ def _reward_of_file(file: Path, attribute: str) -> Any:
             f"reward {file}:{attribute}: there is no {attribute} in it; its classes: "
             f"{classes or 'none'}"
         )
-    if not isinstance(found, type) or not issubclass(found, Reward):
+    if not isinstance(found, type) or not issubclass(found, Reward | AnswerReward):
         raise UserError(
             f"reward {file}:{attribute}: {attribute} must be a subclass of "
-            "diffdistill.rewarding.Reward"
+            "diffdistill.rewarding.Reward, or of diffdistill.verifying.AnswerReward"
         )
     if missing := sorted(found.__abstractmethods__):
         raise UserError(f"reward {file}:{attribute}: it must define {', '.join(missing)}")
-    if not getattr(found, "axes", ()):
+    if issubclass(found, Reward) and not getattr(found, "axes", ()):
         raise UserError(f"reward {file}:{attribute}: it must name its axes: axes = ('quality',)")
     return found
 

@@ -100,8 +100,10 @@ def _asked(session: Session, family: Questions, distributed: Distributed) -> Fee
             return prefetched(groups(examples, data.batch_size, **where), collate, family.device)
 
         return Feed(streamed)
-    dataset = open_texts(data, read=read)
-    family.release()
+    try:
+        dataset = open_texts(data, read=read)
+    finally:
+        family.release()
 
     def make(micro: MicroBatch) -> Batch:
         return family.collate([dataset[index] for index in micro.indices], micro.ids)

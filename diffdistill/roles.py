@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
 from diffdistill.errors import UserError
-from diffdistill.projection import Prediction, Projection
+from diffdistill.projection import Prediction
 from diffdistill.types import Condition, State
 
 
@@ -112,10 +112,10 @@ class Role:
     autocast: torch.dtype | None = None
 
     def __call__(self, state: State, condition: Condition) -> Any:
-        """Return the prediction at ``state``: a float32 tensor, or a ``Projection`` as it is."""
+        """Return the prediction at ``state``: a tensor in float32, anything else as it is."""
         with self.acting(state.x.device):
             found = self.family.predict(self.network, state, condition)
-            return found if isinstance(found, Projection) else found.float()
+            return found.float() if isinstance(found, Tensor) else found
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""

@@ -8,8 +8,6 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,12 +176,3 @@ class LanguageFamily(NetworkFamily):
         for file in sorted(self.folder.glob("*token*")):
             digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
-
-
-@contextmanager
-def located(origin: str) -> Iterator[None]:
-    """Say where a text came from in what is wrong with it within the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{origin}: {error}" if origin else str(error)) from error

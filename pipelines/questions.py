@@ -12,9 +12,8 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.exposures import reveal
 from diffdistill.pipelines.causal_lm import CausalLM
-from diffdistill.pipelines.language import located
 from diffdistill.pipelines.prompts import prompt_condition, prompt_tokens
-from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.pipelines.token_family import TokenFamily, located
 from diffdistill.rollouts import Actor, Answers, Sampling, Solutions
 from diffdistill.texts import Reader
 from diffdistill.types import Batch, Condition, Example, State

@@ -31,7 +31,8 @@ from diffdistill.pipelines.chats import (
     text_row,
     text_rows,
 )
-from diffdistill.pipelines.language import LanguageFamily, located
+from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.token_family import located
 from diffdistill.texts import Format, Reader, Text
 from diffdistill.types import Batch, Condition, Example, State
 

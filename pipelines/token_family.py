@@ -1,6 +1,7 @@
 """What all families of language models share: a tokenizer, with its template and its end tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,3 +97,12 @@ class TokenFamily(ModelFamily):
         """Return a text without its special tokens."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
+
+
+@contextmanager
+def located(origin: str) -> Iterator[None]:
+    """Say where a text came from in what is wrong with it within the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{origin}: {error}" if origin else str(error)) from error

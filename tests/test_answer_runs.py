@@ -167,6 +167,39 @@ def test_the_reward_of_a_run_is_asked_with_texts_and_examples(world: Path, tmp_p
     assert line["score/student"] > 0
 
 
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+from diffdistill.verifying import AnswerReward
+
+
+@dataclass(kw_only=True)
+class Short(AnswerReward):
+    limit: int = 3
+
+    def score(self, answers, examples):
+        return torch.tensor([float(len(a) < self.limit) for a in answers], device=self.device)
+
+    def parses(self, answers):
+        return torch.ones(len(answers), dtype=torch.bool, device=self.device)
+"""
+
+
+def test_a_reward_of_answers_may_be_in_a_file_of_the_users(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    values = answer_values(
+        world,
+        method={"name": "tests.answer_run:Judged"},
+        rewards={"name": f"{tmp_path / 'own.py'}:Short", "limit": 1000},
+        train={"steps": 1},
+    )
+    train(parse_config(values), tmp_path / "run")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["score/student"] == 1.0
+
+
 def test_answers_are_written_while_a_run_trains(world: Path, tmp_path: Path) -> None:
     values = answer_values(
         world,

@@ -11,6 +11,7 @@ import torch
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
+from tests.answer_run import answer_values, save_answer_world
 from tests.text_run import save_world, text_values
 from tests.tiny_streams import stream_values
 from tests.toy_run import losses, make_data, toy_values
@@ -109,6 +110,31 @@ def test_two_ranks_stream_and_weigh_as_one_does(mode: str, tmp_path: Path) -> No
     assert states[0]["balance"]["seen"] == states[1]["balance"]["seen"] == 3
     for axis, history in states[0]["balance"]["history"].items():
         assert states[1]["balance"]["history"][axis] == pytest.approx(history, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "adapter", "teacher"), [("ddp", "lora", "frozen"), ("fsdp2-blocks", "none", "live")]
+)
+def test_two_ranks_answer_and_learn_as_one_does(
+    mode: str, adapter: str, teacher: str, tmp_path: Path
+) -> None:
+    world = save_answer_world(tmp_path / "world")
+    runs = {}
+    for name, batch_size in (("one", 4), ("two", 2)):
+        values = answer_values(world, data={"batch_size": batch_size})
+        values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
+        student = {"adapter": adapter, "rank": 2, "alpha": 2}
+        values["roles"] = {"student": student, "teacher": {"weights": teacher}}
+        runs[name] = values
+    train(parse_config(runs["one"]), tmp_path / "one")
+    printed = two_ranks(mode, runs["two"], tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
