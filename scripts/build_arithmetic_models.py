@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build_text_models import CPU, Optimizers, Rows, rows_of, save
+from build_text_models import BLOCK, CPU, Optimizers, Rows, rows_of, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -114,9 +114,10 @@ RECIPES = {
         heads=5,
         inner=448,
         goal=0.9,
-        steps=2000,
+        steps=2400,
         measure_every=50,
         malformed=0.03,
+        revealed=0.1,
     ),
 }
 
@@ -209,19 +210,23 @@ def prompts_of(questions: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> 
 def losses(
     network: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
 ) -> Iterator[Tensor]:
-    """Yield the loss of the next token, of answers alone, of one batch after the other."""
+    """Yield the loss of the next token, of answers alone, of one batch after the other.
+
+    Their shapes are few, which torch keeps what it prepares for.
+    """
     pairs = list(lessons(recipe))
     prompts = tokenizer(prompts_of([question for question, _ in pairs], tokenizer))["input_ids"]
     answers = tokenizer([answer + tokenizer.eos_token for _, answer in pairs])["input_ids"]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     for numbers in Rows(lengths, recipe.tokens // GROUPS, recipe.seed + 3):
-        rows = [torch.tensor(prompts[number] + answers[number]) for number in numbers]
-        learned = [torch.tensor([-100] * len(prompts[n]) + answers[n]) for n in numbers]
-        pad = nn.utils.rnn.pad_sequence
-        tokens = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        yield network(
-            input_ids=tokens, labels=pad(learned, batch_first=True, padding_value=-100)
-        ).loss
+        longest = -(-max(lengths[number] for number in numbers) // BLOCK) * BLOCK
+        tokens = torch.full((len(numbers), longest), tokenizer.pad_token_id)
+        labels = torch.full((len(numbers), longest), -100)
+        for row, number in enumerate(numbers):
+            start, end = len(prompts[number]), lengths[number]
+            tokens[row, :end] = torch.tensor(prompts[number] + answers[number])
+            labels[row, start:end] = tokens[row, start:end]
+        yield network(input_ids=tokens, labels=labels).loss
 
 
 @torch.no_grad()
