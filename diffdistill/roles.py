@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
 from diffdistill.errors import UserError
-from diffdistill.projection import Prediction, Projection
+from diffdistill.projection import Prediction
 from diffdistill.types import Condition, State
 
 
@@ -112,10 +112,10 @@ class Role:
     autocast: torch.dtype | None = None
 
     def __call__(self, state: State, condition: Condition) -> Any:
-        """Return the prediction at ``state``: a float32 tensor, or a ``Projection`` as it is."""
+        """Return the prediction at ``state``: a float32 tensor, or what is none as it is."""
         with self.acting(state.x.device):
             found = self.family.predict(self.network, state, condition)
-            return found if isinstance(found, Projection) else found.float()
+            return found.float() if isinstance(found, Tensor) else found
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""
@@ -217,8 +217,9 @@ class Roles:
         return [role for role in self.by_name.values() if role.trained]
 
     def networks(self) -> list[nn.Module]:
-        """Return the distinct networks."""
-        return list({id(r.network): r.network for r in self.by_name.values()}.values())
+        """Return the distinct networks; that of a server has no weights, and is left out."""
+        networks = {id(r.network): r.network for r in self.by_name.values()}.values()
+        return [network for network in networks if any(True for _ in network.parameters())]
 
     def modules(self) -> list[nn.Module]:
         """Return the distinct networks and the heads."""
