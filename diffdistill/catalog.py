@@ -47,6 +47,7 @@ FAMILIES = {
     "flux2-klein": "diffdistill.pipelines.flux2_klein:Flux2Klein",
     "llada2": "diffdistill.pipelines.llada2:LLaDA2",
     "mdlm": "diffdistill.pipelines.mdlm:MDLM",
+    "server": "diffdistill.pipelines.server:Server",
     "toy": "diffdistill.pipelines.toy:Toy",
     "wan": "diffdistill.pipelines.wan:Wan",
     "wan-streaming": "diffdistill.pipelines.wan_streaming:WanStreaming",

@@ -101,7 +101,7 @@ def _roles_table(trainer: Trainer) -> Table:
             role.settings.weights,
             f"{total:,}",
             f"{trained:,}",
-            f"{trained / total:.2%}",
+            f"{trained / max(total, 1):.2%}",
             str(roles.matched.get(role.name, "-")),
         )
     return table

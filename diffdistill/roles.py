@@ -217,8 +217,9 @@ class Roles:
         return [role for role in self.by_name.values() if role.trained]
 
     def networks(self) -> list[nn.Module]:
-        """Return the distinct networks."""
-        return list({id(r.network): r.network for r in self.by_name.values()}.values())
+        """Return the distinct networks; that of a server has no weights, and is left out."""
+        networks = {id(r.network): r.network for r in self.by_name.values()}.values()
+        return [network for network in networks if any(True for _ in network.parameters())]
 
     def modules(self) -> list[nn.Module]:
         """Return the distinct networks and the heads."""

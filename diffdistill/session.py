@@ -19,10 +19,14 @@ from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.model_family import ModelFamily
 from diffdistill.pipelines.questions import Asking, Questions
+from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.text_pair import Reading, TextPair
 from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.text.comparing import Comparing
+from diffdistill.text.exposed import Exposed
+from diffdistill.text.extrapolating import Extrapolating
 from diffdistill.verifying import AnswerReward
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -193,8 +197,59 @@ def _other_families(
                 f"roles.teacher: its weights are {role.weights} of {role.of!r}, so it is of the "
                 "family of that role: leave roles.teacher.family out, or set weights: frozen"
             )
+        if isinstance(other, Server):
+            _check_served(config, role, other)
+            other = other.reading_as(family)
         others[name] = other
     return others
+
+
+def _check_served(config: RunConfig, role: RoleSettings, server: Server) -> None:
+    """Refuse a server as the teacher of a method that asks for more than its most likely tokens."""
+    method, name = config.method, config.method["name"]
+    cls = catalog.load("method", name)
+    if role.weights != "frozen":
+        raise UserError("roles.teacher: a server cannot be trained: set weights: frozen")
+    if not issubclass(cls, Comparing) or issubclass(cls, Exposed | Extrapolating):
+        raise UserError(
+            f"method {name} needs the teacher's whole prediction, and a server gives its most "
+            "likely tokens: take opd or opsd, or a teacher of the family causal-lm"
+        )
+    if method["temperature"] != 1:
+        raise UserError(
+            f"method.temperature is {method['temperature']}, and a server gives log-probabilities "
+            "at 1, a few of which do not tell those at another: set method.temperature: 1"
+        )
+    if method["select"] != "none" and method["retention"] < 1:
+        raise UserError(
+            f"method.select: {method['select']} needs the teacher's whole prediction, and a server "
+            "gives its most likely tokens: set it to none"
+        )
+    if method["divergence"] == "sampled":
+        return
+    if method["support"] not in ("teacher", "intersection"):
+        raise UserError(
+            f"method.support: {method['support']} needs the teacher's whole prediction, and a "
+            "server gives its most likely tokens: set method.support: teacher or intersection, or "
+            "method.divergence: sampled"
+        )
+    if method["support_size"] > server.top_k:
+        raise UserError(
+            f"method.support_size is {method['support_size']}, and roles.teacher.family.top_k is "
+            f"{server.top_k}: raise top_k (vLLM gives as many as its --max-logprobs, by default "
+            "20), or lower support_size"
+        )
+
+
+def check_servers(session: Session) -> None:
+    """Ask the servers of a session about a short text, as training will; others need no check.
+
+    Raises:
+        UserError: If one cannot do what it will be asked.
+    """
+    for role in session.roles.by_name.values():
+        if isinstance(role.family, Server):
+            role.family.check()
 
 
 def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenFamily]) -> Read:

@@ -33,7 +33,7 @@ def test_every_family_is_a_complete_family(name: str) -> None:
     family = catalog.load("family", name)
     assert issubclass(family, FlowFamily | TokenFamily)
     assert not family.__abstractmethods__
-    assert family.adapter_targets
+    assert family.adapter_targets or name == "server"  # whose layers are not ours
     if issubclass(family, FlowFamily):
         assert isinstance(family.views, tuple)
 

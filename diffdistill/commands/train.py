@@ -19,7 +19,7 @@ from diffdistill.evaluation.text_settings import check_evaluate
 from diffdistill.feeding import Feed, open_feed
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
-from diffdistill.session import Session, build, load_rewards
+from diffdistill.session import Session, build, check_servers, load_rewards
 from diffdistill.tracking import Tracker
 from diffdistill.trainer import Trainer
 from diffdistill.transcripts import Scribe
@@ -89,6 +89,7 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     """Return the run, at its checkpoint if one is resumed."""
     check_evaluate(config)
     session = build(config, distributed.device)
+    check_servers(session)
     if hasattr(session.method, "reward"):
         load_rewards(session.method.reward)
     feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
