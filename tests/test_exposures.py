@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffdistill.exposures import final_answer, last_boxed, reveal, segments
@@ -24,6 +24,9 @@ PIECES = [
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 EXPOSURES = st.floats(0.0, 1.0)
 
+# a busy machine is no failure
+quick = settings(deadline=None, max_examples=60)
+
 SOLUTION = "One.\n\nTwo.\n\nThree.\n\nSo it is \\boxed{4}.\n"
 
 
@@ -42,6 +45,7 @@ def balanced_boxes(text: str) -> list[str]:
     return found
 
 
+@quick
 @given(TEXTS)
 def test_segments_joined_are_the_text(text: str) -> None:
     parts = segments(text)
@@ -50,17 +54,20 @@ def test_segments_joined_are_the_text(text: str) -> None:
     assert len(parts) <= 1 or all(part.strip() for part in parts)
 
 
+@quick
 @given(TEXTS, st.none() | st.text())
 def test_everything_is_shown_at_one(text: str, answer: str | None) -> None:
     assert text == "" or reveal(text, 1.0, answer) == text
 
 
+@quick
 @given(TEXTS, st.text())
 def test_the_answer_alone_is_shown_at_zero(text: str, answer: str) -> None:
     boxed = final_answer(text)
     assert reveal(text, 0.0, answer) == (answer if boxed is None else boxed)
 
 
+@quick
 @given(TEXTS, EXPOSURES, EXPOSURES)
 def test_more_exposure_never_shows_less(text: str, first: float, second: float) -> None:
     low, high = sorted((first, second))
@@ -75,6 +82,7 @@ def test_more_exposure_never_shows_less(text: str, first: float, second: float) 
     assert len(prefixes[0]) <= len(prefixes[1])
 
 
+@quick
 @given(TEXTS, EXPOSURES)
 def test_the_share_of_segments_is_rounded_down(text: str, exposure: float) -> None:
     parts = segments(text)
@@ -82,12 +90,14 @@ def test_the_share_of_segments_is_rounded_down(text: str, exposure: float) -> No
     assert reveal(text, exposure) in {shown, shown + (final_answer(text) or "")}
 
 
+@quick
 @given(TEXTS, EXPOSURES)
 def test_the_final_answer_is_shown_at_every_exposure(text: str, exposure: float) -> None:
     boxed = final_answer(text)
     assert boxed is None or boxed in reveal(text, exposure)
 
 
+@quick
 @given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "a", " "]), max_size=30).map("".join))
 def test_the_last_box_is_the_last_that_braces_close(text: str) -> None:
     # an unclosed brace before a box is no part of it, so counting starts at each box

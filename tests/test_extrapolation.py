@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from diffdistill.extrapolation import (
 )
 from diffdistill.types import Progress
 from tests.conftest import randn
+
+# a busy machine is no failure
+quick = settings(deadline=None, max_examples=60)
 
 PROBABILITIES = st.floats(1e-4, 1.0 - 1e-4)
 STRENGTHS = st.floats(0.0, 3.0)
@@ -43,6 +46,7 @@ def guard(requested: float, p: Tensor, b: Tensor, **options: float) -> Tensor:
     return guarded_strength(requested, p, b, everywhere, tail_floor=floor, **options)
 
 
+@quick
 @given(PROBABILITIES, PROBABILITIES, STRENGTHS)
 def test_the_fixed_point_is_a_straight_line_in_logits(p: float, b: float, strength: float) -> None:
     teacher, reference = logs(p), logs(b)
@@ -52,6 +56,7 @@ def test_the_fixed_point_is_a_straight_line_in_logits(p: float, b: float, streng
     )
 
 
+@quick
 @given(PROBABILITIES, PROBABILITIES, STRENGTHS)
 def test_the_fixed_point_is_that_of_a_vocabulary(p: float, b: float, strength: float) -> None:
     # the tail is shared out alike by both, so that all of it is as one token
@@ -70,6 +75,7 @@ def test_a_strength_of_zero_is_the_reference_and_of_one_the_teacher() -> None:
     torch.testing.assert_close(fixed_point(p, b, 1.0), p)
 
 
+@quick
 @given(st.floats(0.5, 0.9999), st.floats(0.01, 0.95), st.floats(1e-6, 0.5))
 def test_at_the_critical_strength_the_tail_is_at_its_floor(p: float, b: float, tau: float) -> None:
     teacher, reference = logs(max(p, b + 0.02 * (1.0 - b))), logs(b)
@@ -79,6 +85,7 @@ def test_at_the_critical_strength_the_tail_is_at_its_floor(p: float, b: float, t
     )
 
 
+@quick
 @given(st.floats(0.5, 0.9999), st.floats(0.01, 0.95), st.floats(1.0, 10.0))
 def test_at_the_guard_the_tail_is_that_of_the_teacher_over_kappa(
     p: float, b: float, kappa: float
@@ -152,6 +159,7 @@ def test_the_base_neutral_strength_is_a_quotient_of_logits() -> None:
     assert base_neutral_strength(logs(0.5, 0.4), 0.05).tolist() == [math.inf, math.inf]
 
 
+@quick
 @given(PROBABILITIES, PROBABILITIES, STRENGTHS, st.booleans(), st.floats(0.0, 0.2))
 def test_the_strength_is_never_above_what_was_requested(
     p: float, b: float, requested: float, contract: bool, margin: float
