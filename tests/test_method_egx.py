@@ -25,7 +25,7 @@ NEUTRAL: dict[str, Any] = {"exposure_policy": "fixed", "strength": 1.0, "gate_be
 
 def make(kind: Any = EGX, **options: Any) -> Any:
     parts: dict[str, Any] = {}
-    if kind in (EGX, ExOPD):
+    if kind in (EGX, ExOPD, SDAR):
         parts["reference"] = Network(3).double()
     if kind in (EGX, SDAR):
         parts["reward"] = FirstToken()
@@ -95,6 +95,13 @@ def test_exopds_target_mixes_teacher_and_reference_in_logits(strength: float) ->
     target = F.log_softmax(strength * theirs + (1 - strength) * base, -1)
     expected = (ours.exp() * (ours - target)).sum(-1)[answers.mask].mean()
     torch.testing.assert_close(loss.value, expected)
+
+
+def test_a_strength_may_change_over_the_first_steps() -> None:
+    method = make(ExOPD, strength_start=0.5, strength=0.8, strength_steps=200)
+    for step, expected in ((0, 0.5), (100, 0.65), (200, 0.8), (900, 0.8)):
+        (loss,) = method.losses(question_batch(2), START._replace(step=step))
+        assert float(loss.metrics["strength"]) == pytest.approx(expected)
 
 
 def test_the_student_that_is_the_reference_has_nothing_to_learn_at_strength_0() -> None:
@@ -217,6 +224,9 @@ def test_without_a_controller_nothing_is_watched(policy: str) -> None:
         ({"exposure": 1.5}, r"exposure must be in \[0, 1\]"),
         ({"hold": 1}, "hold must be at least 2"),
         ({"reward_weight": 1.0}, "num_answers must be at least 2"),
+        ({"gap_form": True, "gate_beta": 0.0}, "gate_beta above 0"),
+        ({"discount": 0.5}, "divergence: sampled"),
+        ({"divergence": "sampled", "token_clip": 1.0}, "token_clip null"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], told: str) -> None:

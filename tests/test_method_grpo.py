@@ -28,9 +28,11 @@ class Same(FirstToken):
 
 
 def make(kind: Any = GRPO, *, reward: Any = None, **options: Any) -> Any:
-    parts: dict[str, Any] = {"teacher": Network(2).double()}
-    if kind is GRPO:
-        parts = {"reference": Network(3).double()}
+    parts: dict[str, Any] = {}
+    if kind is not GRPO:
+        parts["teacher"] = Network(2).double()
+    if kind is not SDPO:
+        parts["reference"] = Network(3).double()
     return kind(
         family=Questions(),
         draws=Draws(0),

@@ -86,6 +86,16 @@ class Answering(Method):
         return Attempt(rows, answers, state, self.student(state, self.family.condition(rows)))
 
 
+def check_exposure(exposure: float | None) -> None:
+    """Refuse what is no share; None shows nothing.
+
+    Raises:
+        ValueError: If it is not in [0, 1].
+    """
+    if exposure is not None and not 0 <= exposure <= 1:
+        raise ValueError(f"exposure must be in [0, 1], not {exposure}")
+
+
 def mean_loss(
     attempt: Attempt, error: Tensor, chosen: Tensor, maps: Mapping[str, Tensor], **metrics: Any
 ) -> Loss:

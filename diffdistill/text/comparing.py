@@ -79,14 +79,27 @@ class Comparing(Selecting):
             ("beta", 0 <= self.beta <= 1, "in [0, 1]"),
             ("support_size", self.support_size >= 1, "at least 1"),
             ("token_clip", self.token_clip is None or self.token_clip > 0, "above 0"),
+            ("entry_clip", self.entry_clip is None or self.entry_clip > 0, "above 0"),
+            ("discount", 0 <= self.discount <= 1, "in [0, 1]"),
+            ("informed", self.informed >= 0, "at least 0"),
+            ("importance_clip", (self.importance_clip or 1.0) > 0, "above 0"),
         ):
             if not fine:
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
         entries = self.support == "full" and self.divergence in ("forward-kl", "jsd")
         if self.entry_clip is not None and not entries:
             raise ValueError("entry_clip needs support full, and divergence forward-kl or jsd")
-        if self.divergence == "sampled" and self.support != "full":
-            raise ValueError("divergence sampled is about one token: leave support full")
+        if self.divergence == "sampled":
+            if self.support != "full" or self.token_clip is not None:
+                raise ValueError(
+                    "divergence sampled is a reward of one token: leave support full and "
+                    "token_clip null"
+                )
+        elif self.discount or self.informed or self.importance_clip is not None:
+            raise ValueError(
+                "discount, informed and importance_clip are for divergence: sampled, not "
+                f"{self.divergence}"
+            )
         uncorrected = self.support != "full" and self.correction == "none"
         if uncorrected and self.divergence == "reverse-kl" and not self.allow_biased:
             raise ValueError(

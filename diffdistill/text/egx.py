@@ -63,11 +63,20 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         if isinstance(theirs, TopK):
             raise UserError("method egx needs a teacher of its own, not a server")
         chosen = self.chosen(attempt, theirs, progress) & self._taught(attempt)[:, None]
-        maps, told = self._distilled(attempt, theirs, chosen)
+        maps, told = self._distilled(attempt, theirs, chosen, progress)
         told |= self.watched(batch, attempt, theirs, exposure)
         told |= self.told_exposure(exposure)
         loss = mean_loss(attempt, self.weight * maps.pop("divergence"), chosen, maps, **told)
         yield self._with_reward(attempt, loss) if self.reward_weight else loss
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.gap_form and (self.gate_beta == 0 or self.token_clip is not None):
+            raise ValueError(
+                "gap_form teaches nothing without a gate, and is no divergence to clip: set "
+                "gate_beta above 0, and token_clip to null"
+            )
 
     @property
     def compares(self) -> bool:
@@ -83,10 +92,10 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         return groups.repeat_interleave(self.num_answers).to(attempt.answers.ended.device)
 
     def _distilled(
-        self, attempt: Attempt, theirs: Prediction, chosen: Tensor
+        self, attempt: Attempt, theirs: Prediction, chosen: Tensor, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
         """Return the gated map ``divergence`` with others, and what to log besides."""
-        target = self.target(attempt, theirs, chosen)
+        target = self.target(attempt, theirs, chosen, progress)
         wanted: list[TokenMap] = ["logprob", "raw-teacher-logprob", "teacher-logprob"]
         if self.gap_form:
             maps = self.token_maps(attempt, theirs, chosen, wanted, **target)
@@ -101,10 +110,15 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         return maps, told | self.told_strength(target, chosen)
 
     def _with_reward(self, attempt: Attempt, loss: Loss) -> Loss:
-        """Return the loss with the rewarded term, as a mean over the same tokens."""
+        """Return the loss with the rewarded term, weighed by all tokens of the answers.
+
+        With a selection or a branch the distilled term of a micro-batch is a mean over fewer.
+        """
         rewards = self.rewards(attempt)
         mask, tokens = self.rewarded_tokens(attempt), attempt.answers.tokens
         logprob = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)
         value, _ = self.policy(attempt, self.advantages(rewards), logprob)
         told = dict(loss.metrics) | self.told(attempt, rewards)
-        return replace(loss, value=loss.value + self.reward_weight * value, metrics=told)
+        count = max(int(attempt.answers.mask.sum()), 1)
+        value = loss.value + self.reward_weight * value
+        return replace(loss, value=value, count=count, metrics=told)

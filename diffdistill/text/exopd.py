@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from diffdistill.errors import UserError
 from diffdistill.rollouts import Solutions
 from diffdistill.supports import TopK
-from diffdistill.text.answering import mean_loss
+from diffdistill.text.answering import check_exposure, mean_loss
 from diffdistill.text.extrapolating import Extrapolating
 from diffdistill.types import Batch, Loss, Progress
 
@@ -26,6 +26,11 @@ class ExOPD(Extrapolating):
     """
 
     exposure: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_exposure(self.exposure)
 
     def solutions(self) -> Solutions:
         """Return whether the teacher is shown solutions."""
@@ -42,7 +47,7 @@ class ExOPD(Extrapolating):
         if isinstance(theirs, TopK):
             raise UserError("method exopd needs a teacher of its own, not a server")
         chosen = self.chosen(attempt, theirs, progress)
-        target = self.target(attempt, theirs, chosen)
+        target = self.target(attempt, theirs, chosen, progress)
         maps = self.compared(attempt, theirs, chosen, **target)
         told = self.told_strength(target, chosen)
         yield mean_loss(attempt, maps.pop("divergence"), chosen, maps, **told)

@@ -12,7 +12,7 @@ from diffdistill.exposure_control import ExposureController, Start, random_expos
 from diffdistill.projection import Prediction, token_logprob
 from diffdistill.rollouts import Answers, Solutions
 from diffdistill.supports import top_logprobs
-from diffdistill.text.answering import Attempt
+from diffdistill.text.answering import Attempt, check_exposure
 from diffdistill.text.comparing import Comparing
 from diffdistill.types import Batch, Progress
 
@@ -62,8 +62,7 @@ class Exposed(Comparing):
     def __post_init__(self) -> None:
         """Check the options, and start the controller."""
         super().__post_init__()
-        if not 0 <= self.exposure <= 1:
-            raise ValueError(f"exposure must be in [0, 1], not {self.exposure}")
+        check_exposure(self.exposure)
         self._step = 0
         self._controller = ExposureController(
             draws=self.draws,

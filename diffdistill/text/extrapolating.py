@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffdistill.divergences import masked_mean
 from diffdistill.extrapolation import (
+    beta_opsd_strength,
     constant_floor,
     contract_positions,
     guarded_strength,
@@ -18,6 +19,7 @@ from diffdistill.projection import Prediction
 from diffdistill.supports import logprobs_at, top_logprobs
 from diffdistill.text.answering import Attempt
 from diffdistill.text.comparing import Comparing
+from diffdistill.types import Progress
 
 
 @dataclass(kw_only=True)
@@ -32,6 +34,9 @@ class Extrapolating(Comparing):
     Attributes:
         reference: What the target leads away from; it sees no privileged context.
         strength: 1 is the teacher; 1.25 in ExOPD.
+        strength_start: Strength of the first step, from which it changes linearly (0.5 in
+            beta-OPSD, which ends at 0.8); null has no such course.
+        strength_steps: Steps of that course; 200 in beta-OPSD.
         guard: ``none`` (paper); ``relative`` keeps the chance of any other token than the teacher's
             first above the teacher's own divided by ``guard_size``; ``constant`` above
             ``guard_size`` itself. Both are ours: the paper's own bound is not known to us.
@@ -49,6 +54,8 @@ class Extrapolating(Comparing):
 
     reference: Any
     strength: float = 1.25
+    strength_start: float | None = None
+    strength_steps: int = 200
     guard: Literal["none", "relative", "constant"] = "none"
     guard_size: float = 2.0
     guard_margin: float = 0.03
@@ -61,6 +68,8 @@ class Extrapolating(Comparing):
             raise ValueError("a target beyond the teacher needs support: full")
         for name, fine, bounds in (
             ("strength", self.strength >= 0, "at least 0"),
+            ("strength_start", (self.strength_start or 0.0) >= 0, "at least 0"),
+            ("strength_steps", self.strength_steps >= 1, "at least 1"),
             ("guard_size", self.guard != "relative" or self.guard_size >= 1, "at least 1"),
             ("guard_size", self.guard != "constant" or 0 < self.guard_size < 1, "in (0, 1)"),
             ("guard_margin", 0 <= self.guard_margin < 1, "in [0, 1)"),
@@ -70,25 +79,39 @@ class Extrapolating(Comparing):
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
 
     @torch.no_grad()
-    def target(self, attempt: Attempt, theirs: Prediction, chosen: Tensor) -> dict[str, Any]:
+    def target(
+        self, attempt: Attempt, theirs: Prediction, chosen: Tensor, progress: Progress
+    ) -> dict[str, Any]:
         """Return ``reference`` and ``strength`` of ``compared``; nothing where it is the teacher.
 
         Args:
             attempt: The student's answers.
             theirs: The teacher's prediction of them.
             chosen: The tokens that are compared, bool ``[B, A]``.
+            progress: How far training has come.
         """
-        if self.strength == 1:
+        wanted = self._wanted(progress)
+        if wanted == 1:
             return {}
         reference = self.reference(attempt.state, self.family.condition(attempt.batch))
         return {
             "reference": reference,
-            "strength": self._strengths(theirs, reference, chosen),
+            "strength": self._strengths(theirs, reference, chosen, wanted),
         }
 
-    def _strengths(self, theirs: Prediction, reference: Prediction, chosen: Tensor) -> Tensor:
+    def _wanted(self, progress: Progress) -> float:
+        """Return the strength of a step, before any guard."""
+        if self.strength_start is None:
+            return self.strength
+        return beta_opsd_strength(
+            progress, start=self.strength_start, end=self.strength, steps=self.strength_steps
+        )
+
+    def _strengths(
+        self, theirs: Prediction, reference: Prediction, chosen: Tensor, wanted: float
+    ) -> Tensor:
         """Return the strength at each token, ``[B, A]``."""
-        asked = torch.full(chosen.shape, self.strength, device=chosen.device)
+        asked = torch.full(chosen.shape, wanted, device=chosen.device)
         if self.guard == "none":
             return asked
         options: dict[str, Any] = {"mask": chosen, "temperature": self.temperature}
@@ -110,5 +133,5 @@ class Extrapolating(Comparing):
     ) -> dict[str, Tensor | float]:
         """Return what to log of a target."""
         if not target:
-            return {"strength": self.strength}
+            return {"strength": 1.0}
         return {"strength": masked_mean(target["strength"], chosen)}

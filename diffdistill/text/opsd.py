@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffdistill.rollouts import Solutions
+from diffdistill.text.answering import check_exposure
 from diffdistill.text.comparing import Comparing, Divergence
 from diffdistill.types import Batch, Loss, Progress
 
@@ -35,8 +36,7 @@ class OPSD(Comparing):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        if not 0 <= self.exposure <= 1:
-            raise ValueError(f"exposure must be in [0, 1], not {self.exposure}")
+        check_exposure(self.exposure)
 
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""

@@ -27,7 +27,8 @@ class Rewarded(Answering):
         reward: Verifies answers.
         num_answers: Answers to each question; each is compared with the others.
         scale_rewards: What advantages are divided by: the deviation of the ``group`` (GRPO,
-            arXiv:2402.03300), of the ``batch``, or ``none`` (Dr. GRPO, arXiv:2503.20783).
+            arXiv:2402.03300), of the ``batch`` (a micro-batch of one rank), or ``none`` (Dr. GRPO,
+            arXiv:2503.20783).
         aggregation: ``grpo`` is a mean over answers of the mean over their tokens, ``dr-grpo``
             divides by ``max_tokens`` instead, ``dapo`` is a mean over all tokens of the step
             (arXiv:2503.14476).

@@ -14,12 +14,13 @@ import torch
 from diffdistill.policy import reweighted_advantages
 from diffdistill.projection import token_logprob
 from diffdistill.rollouts import Solutions
-from diffdistill.text.rewarded import Rewarded
+from diffdistill.text.answering import check_exposure
+from diffdistill.text.held import Held
 from diffdistill.types import Batch, Loss, Progress
 
 
 @dataclass(kw_only=True)
-class RLSD(Rewarded):
+class RLSD(Held):
     """Weigh the advantage of each token by how likely a privileged teacher finds it.
 
     The papers were read second-hand, and RLSD in the code of SDAR; see docs/methods/rlsd.md.
@@ -39,6 +40,7 @@ class RLSD(Rewarded):
     roles: ClassVar = {
         "student": {"weights": "trained"},
         "teacher": {"weights": "live", "of": "student"},
+        "reference": {"weights": "live", "of": "student"},
     }
 
     teacher: Any
@@ -48,6 +50,11 @@ class RLSD(Rewarded):
     weight_clip: float = 0.2
     right: float = 1.0
     exposure: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_exposure(self.exposure)
 
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
@@ -73,8 +80,8 @@ class RLSD(Rewarded):
             clip=self.weight_clip,
             rewarded=rewards >= self.right if self.form == "rlrt" else None,
         )
-        value, count = self.policy(attempt, advantages, ours)
-        yield Loss("student", value, count, metrics=self.told(attempt, rewards))
+        value, count, told = self.held(attempt, advantages, ours)
+        yield Loss("student", value, count, metrics=self.told(attempt, rewards) | told)
 
     def _left(self, step: int) -> float:
         """Return what is left of the share at a step."""

@@ -15,14 +15,15 @@ from diffdistill.gates import sdar_map
 from diffdistill.projection import token_maps
 from diffdistill.rollouts import Solutions
 from diffdistill.supports import TopK
+from diffdistill.text.answering import check_exposure
 from diffdistill.text.gated import Gated
-from diffdistill.text.rewarded import Rewarded
+from diffdistill.text.held import Held
 from diffdistill.text.selecting import Selecting
 from diffdistill.types import Batch, Loss, Progress
 
 
 @dataclass(kw_only=True)
-class SDAR(Gated, Selecting, Rewarded):
+class SDAR(Gated, Selecting, Held):
     """Add to GRPO a policy gradient whose reward is the gate.
 
     The distilled term is g (log teacher - log student) of the sampled token with a constant g: it
@@ -37,12 +38,18 @@ class SDAR(Gated, Selecting, Rewarded):
     roles: ClassVar = {
         "student": {"weights": "trained"},
         "teacher": {"weights": "live", "of": "student"},
+        "reference": {"weights": "live", "of": "student"},
     }
 
     num_answers: int = 8
     weight: float = 0.01
     reward_weight: float = 1.0
     exposure: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_exposure(self.exposure)
 
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
@@ -71,8 +78,9 @@ class SDAR(Gated, Selecting, Rewarded):
         chosen = self.chosen(attempt, theirs, progress)
         gate = self.gates(attempt, ours.detach(), judged, maps, chosen)
         distilled = masked_mean(sdar_map(ours, judged, gate), chosen)
-        value, count = self.policy(attempt, self.advantages(rewards), ours)
-        metrics = self.told(attempt, rewards) | {
+        value, count, told = self.held(attempt, self.advantages(rewards), ours)
+        metrics = self.told(attempt, rewards) | told
+        metrics |= {
             "distillation": distilled.detach(),
             "gate": masked_mean(gate, chosen),
             "gap": masked_mean(judged - ours.detach(), chosen),
