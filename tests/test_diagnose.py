@@ -336,6 +336,11 @@ def test_a_teacher_that_is_shown_siblings_is_asked_where_one_was_right(
     assert found["reverse_kl"] > 0
     assert found["consensus_questions"] > 0
     assert "context_kl" not in found
+    told = diagnose(config_of(tmp_path, values | {"rewards": "boxed"}), output=output)
+    found = json.loads(output.read_text())["measures"]
+    assert found["taught"] == 0
+    assert "reverse_kl" not in found
+    assert "note: where no other answer was right, the teacher is not asked" in told
 
 
 def test_a_strength_is_recommended_and_the_target_tried_at_others(

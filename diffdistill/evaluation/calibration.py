@@ -97,8 +97,8 @@ def contract_of(subject: Subject, asked: Sequence[Example], say: Say) -> Contrac
         known = logprobs_at(base, first.ids, **options)[..., 0]
         sure, same = first.logprobs[..., 0], (first.ids == other.ids)[..., 0]
         chosen = mask & contract_positions(sure, same, p_min=method.contract_probability)
-        teacher.append(sure[chosen].double().cpu())
-        reference.append(known[chosen].double().cpu())
+        teacher.append(sure[chosen].cpu().double())
+        reference.append(known[chosen].cpu().double())
         num_tokens += int(mask.sum())
     return Contract(torch.cat(teacher), torch.cat(reference), num_tokens)
 

@@ -127,8 +127,8 @@ class Contexts:
             notes.append("no two questions have solutions that can be exchanged")
         if not self.measured["consensus"]:
             notes.append(
-                "no consensus gap: no question has two contexts (two solutions, or right answers "
-                "of the student's; --num-answers asks for more) and a teacher of its own"
+                "no consensus gap: no question has two contexts, that is two solutions, or right "
+                "answers of the student's (--num-answers asks for more), or the teacher is a server"
             )
         return notes
 
