@@ -213,6 +213,69 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    source: Source,
+    overrides: Overrides = None,
+    max_examples: Annotated[int, typer.Option(min=1, help="Questions of the data.")] = 32,
+    num_answers: Annotated[
+        int | None, typer.Option(min=1, help="Answers to each; the method's where not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
+    checkpoint: Checkpoint = "latest",
+    output: Output = None,
+) -> None:
+    """Measure a student and its teacher at the student's answers: what goes wrong, and why."""
+    from diffdistill.commands.diagnose import diagnose as command
+
+    text = command(
+        source,
+        max_examples=max_examples,
+        num_answers=num_answers,
+        seed=seed,
+        checkpoint=checkpoint,
+        output=output,
+        overrides=overrides or [],
+    )
+    typer.echo(text)
+
+
+@app.command("calibrate-lambda")
+def calibrate_lambda(
+    source: Source,
+    overrides: Overrides = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Strengths at which the target itself writes: 1.0,1.1,1.25,1.5."),
+    ] = None,
+    max_examples: Annotated[int, typer.Option(min=1, help="Questions of the data.")] = 32,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer of the target's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the target's answers; 0 is greedy.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
+    checkpoint: Checkpoint = "latest",
+    output: Output = None,
+) -> None:
+    """Measure how far beyond its teacher a student may be led before formats break."""
+    from diffdistill.commands.calibrate import calibrate, parse_strengths
+
+    text = calibrate(
+        source,
+        strengths=[] if sweep is None else parse_strengths(sweep),
+        max_examples=max_examples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        checkpoint=checkpoint,
+        output=output,
+        overrides=overrides or [],
+    )
+    typer.echo(text)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One or several runs' folders.")],
     output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
