@@ -1,8 +1,9 @@
 """Functions of logits that are projected a tile of rows at a time, and again for the backward pass.
 
 A tile is one matrix product. What is made of its logits is made in blocks of a few rows, which
-stay in the processor's cache; so are the logits' gradients, which overwrite the tile. Sums over
-tiles are in float32 (float64 where the inputs are).
+stay in the processor's cache; so are the logits' gradients, which overwrite the tile. The last tile
+of the forward pass is kept for the backward pass, which needs its memory anyway: few rows are
+projected only once. Sums over tiles are in float32 (float64 where the inputs are).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,11 @@ from torch.autograd.function import once_differentiable
 TILE_NUMBERS = 1 << 25
 """Logits in one tile: 128 MiB in float32."""
 
-BLOCK_NUMBERS = 1 << 19
-"""Logits in one block, for each thread: 2 MiB in float32."""
+BLOCK_NUMBERS = 1 << 18
+"""Logits in one block, for each thread: 1 MiB in float32."""
 
-GPU_BLOCK_NUMBERS = 1 << 22
-"""Logits in one block on a GPU, where a block costs some launches."""
+LARGEST_BLOCK = 1 << 22
+"""Logits in one block at most, and in one on a GPU, where a block costs some launches."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Form:
         """Return the part of a head ``[V, H]`` that is used, as the product takes it."""
         return None if weight is None else weight[: self.shared].to(self.dtype)
 
-    def product(self, rows: Tensor, head: Tensor | None) -> Tensor:
-        """Return what ``finished`` makes logits ``[n, V]`` of."""
+    def product(self, rows: Tensor, head: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Return what ``finished`` makes logits ``[n, V]`` of, in memory that may be given."""
         if head is None:
             return rows[:, : self.shared]
         with torch.autocast(rows.device.type, enabled=False):
-            return rows.to(self.dtype) @ head.T
+            if out is None:
+                return rows.to(self.dtype) @ head.T
+            return torch.mm(rows.to(self.dtype), head.T, out=out[: len(rows)])
 
     def finished(self, product: Tensor, bias: Tensor | None) -> Tensor:
         """Return logits ``[n, V]`` in float32 at least."""
@@ -181,10 +184,15 @@ class _Streamed(torch.autograd.Function):
         """Return each value ``[N, ...]``."""
         ctx.set_materialize_grads(False)
         ctx.parts = function, form, others, columns, tile_rows
-        sides = _prepared((Side(form, rows, weight, bias), *others))
+        tiles = _Tiles((Side(form, rows, weight, bias), *others), tile_rows)
         found: list[Sequence[Tensor]] = []
-        for tile in _pieces(max(1, len(rows)), tile_rows or _tile_rows(sides)):
-            found += _values(function, sides, columns, tile)
+        for tile in _pieces(max(1, len(rows)), tiles.size):
+            products = tiles.products(tile)
+            for part in _blocks(products[0]):
+                pick = slice(tile.start + part.start, tile.start + part.stop)
+                found.append(function.values(tiles.block(products, part, columns, pick)))
+        trains = form.projected and any(ctx.needs_input_grad)
+        ctx.kept = (tile.start, products, tiles.buffers) if trains else None
         values = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
         marks = zip(values, function.trained, strict=True)
         ctx.mark_non_differentiable(*(value for value, trained in marks if not trained))
@@ -199,45 +207,71 @@ class _Streamed(torch.autograd.Function):
         rows, weight, bias, *values = ctx.saved_tensors
         sums = _Sums(form, (rows, weight, bias), ctx.needs_input_grad[5:])
         used = others if function.needs_others([given is not None for given in upstream]) else ()
-        sides = _prepared((Side(form, rows, weight, bias), *used))
+        tiles = _Tiles((Side(form, rows, weight, bias), *used), tile_rows)
         live = _live(rows, upstream)
-        for piece in _pieces(len(live), tile_rows or _tile_rows(sides)):
-            _add_slopes(sums, function, sides, columns, live[piece], values, upstream)
+
+        def add(tile: Tensor, products: Sequence[Tensor]) -> None:
+            for part in _blocks(products[0]):
+                pick = tile[part]
+                block = tiles.block(products, part, columns, pick)
+                given = [None if gradient is None else gradient[pick] for gradient in upstream]
+                slope = function.slope(block, [value[pick] for value in values], given)
+                slope = form.unfinished(slope, block.logits)
+                sums.add_bias(slope)
+                products[0][part] = slope
+            sums.add(tile, products[0], tiles.sides[0])
+
+        if ctx.kept is not None:
+            start, products, tiles.buffers = ctx.kept
+            ctx.kept = None  # its memory is written to
+            last, live = live[live >= start], live[live < start]
+            if len(last) == len(products[0]):
+                add(last, products)
+            elif len(last):
+                add(last, [product[last - start] for product in products[: len(tiles.sides)]])
+        for piece in _pieces(len(live), tiles.size):
+            add(live[piece], tiles.products(live[piece]))
         return (None,) * 5 + sums.gradients()
 
 
-def _values(
-    function: RowFunction, sides: Sequence[Side], columns: Mapping[str, Tensor], tile: slice
-) -> list[Sequence[Tensor]]:
-    """Return the values of each block of a tile."""
-    products = _products(sides, tile)
-    found = []
-    for part in _blocks(products[0]):
-        pick = slice(tile.start + part.start, tile.start + part.stop)
-        found.append(function.values(_block(sides, products, part, columns, pick)))
-    return found
+class _Tiles:
+    """The logits of some rows at a time, in memory that is used again.
 
+    Attributes:
+        sides: The sides, with the part of their heads that is used, in the type of the product.
+        size: Rows in a tile.
+        buffers: The memory of each side's product.
+    """
 
-def _add_slopes(
-    sums: "_Sums",
-    function: RowFunction,
-    sides: Sequence[Side],
-    columns: Mapping[str, Tensor],
-    tile: Tensor,
-    values: Sequence[Tensor],
-    upstream: Sequence[Tensor | None],
-) -> None:
-    """Add the gradients of the rows ``tile``."""
-    products = _products(sides, tile)
-    for part in _blocks(products[0]):
-        pick = tile[part]
-        block = _block(sides, products, part, columns, pick)
-        given = [None if gradient is None else gradient[pick] for gradient in upstream]
-        slope = function.slope(block, [value[pick] for value in values], given)
-        slope = sides[0].form.unfinished(slope, block.logits)
-        sums.add_bias(slope)
-        products[0][part] = slope
-    sums.add(tile, products[0], sides[0])
+    def __init__(self, sides: Sequence[Side], size: int | None) -> None:
+        self.sides = [side._replace(weight=side.form.head(side.weight)) for side in sides]
+        words = max(x.rows.shape[-1] if x.weight is None else len(x.weight) for x in self.sides)
+        self.size = size or max(1, TILE_NUMBERS // words)
+        self.buffers: Sequence[Tensor] = ()
+
+    def products(self, tile: Tensor | slice) -> list[Tensor]:
+        """Return the product ``[n, V]`` of each side."""
+        if not self.buffers:
+            self.buffers = [
+                x.rows.new_empty(0)
+                if x.weight is None
+                else x.weight.new_empty(min(self.size, len(x.rows)), len(x.weight))
+                for x in self.sides
+            ]
+        pairs = zip(self.sides, self.buffers, strict=False)
+        return [side.form.product(side.rows[tile], side.weight, x) for side, x in pairs]
+
+    def block(
+        self,
+        products: Sequence[Tensor],
+        part: slice,
+        columns: Mapping[str, Tensor],
+        pick: Tensor | slice,
+    ) -> Block:
+        """Return a part of a tile, whose rows are ``pick`` among all."""
+        pairs = zip(self.sides, products, strict=False)
+        logits, *others = [side.form.finished(x[part], side.bias) for side, x in pairs]
+        return Block(logits, others, {name: column[pick] for name, column in columns.items()})
 
 
 class _Sums:
@@ -291,28 +325,6 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
         total[part] += slope[:, part].T @ rows
 
 
-def _prepared(sides: Sequence[Side]) -> list[Side]:
-    """Return sides with the part of their heads that is used, in the type of the product."""
-    return [side._replace(weight=side.form.head(side.weight)) for side in sides]
-
-
-def _products(sides: Sequence[Side], tile: Tensor | slice) -> list[Tensor]:
-    return [side.form.product(side.rows[tile], side.weight) for side in sides]
-
-
-def _block(
-    sides: Sequence[Side],
-    products: Sequence[Tensor],
-    part: slice,
-    columns: Mapping[str, Tensor],
-    pick: Tensor | slice,
-) -> Block:
-    """Return a part of a tile, whose rows are ``pick`` among all."""
-    pairs = zip(sides, products, strict=True)
-    logits, *others = [side.form.finished(x[part], side.bias) for side, x in pairs]
-    return Block(logits, others, {name: column[pick] for name, column in columns.items()})
-
-
 def _live(rows: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return the numbers of the rows that a gradient reaches."""
     reached = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -322,15 +334,12 @@ def _live(rows: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     return reached.nonzero()[:, 0]
 
 
-def _tile_rows(sides: Sequence[Side]) -> int:
-    words = max(x.rows.shape[-1] if x.weight is None else len(x.weight) for x in sides)
-    return max(1, TILE_NUMBERS // words)
-
-
 def _blocks(product: Tensor) -> Iterator[slice]:
+    """Yield the blocks of a tile; one, empty, if it has no rows."""
     on_cpu = product.device.type == "cpu"
-    numbers = BLOCK_NUMBERS * torch.get_num_threads() if on_cpu else GPU_BLOCK_NUMBERS
-    return _pieces(max(1, len(product)), max(1, numbers // max(1, product.shape[-1])))
+    numbers = BLOCK_NUMBERS * torch.get_num_threads() if on_cpu else LARGEST_BLOCK
+    rows = min(numbers, LARGEST_BLOCK) // max(1, product.shape[-1])
+    return _pieces(max(1, len(product)), max(1, rows))
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:

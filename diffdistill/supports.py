@@ -4,6 +4,7 @@ What a truncated sum leaves out is not nothing, and what it keeps may pull the w
 corrections say what is done about it; docs/divergences.md compares them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffdistill.projection import Prediction, prediction_rows, side_of, spread, vocabulary
 from diffdistill.recompute import Block, streamed
-from diffdistill.tokenwise import IMPOSSIBLE, jsd_entries, log_softmax
+from diffdistill.tokenwise import IMPOSSIBLE, scaled
 
 TruncatedDivergence = Literal["forward-kl", "reverse-kl", "jsd"]
 Support = Literal["teacher", "student", "intersection"]
@@ -270,7 +271,7 @@ class _Picking:
         return False
 
     def values(self, block: Block) -> tuple[Tensor, Tensor]:
-        logprobs = log_softmax(block.logits, self.temperature)
+        logprobs = scaled(block.logits, self.temperature).log_softmax(-1)
         top = logprobs.topk(self.k, dim=-1).indices
         found = logprobs.gather(-1, self._ids(block, top))
         return torch.where(found > IMPOSSIBLE, found, -torch.inf), top
@@ -278,9 +279,9 @@ class _Picking:
     def slope(
         self, block: Block, values: Sequence[Tensor], upstream: Sequence[Tensor | None]
     ) -> Tensor:
-        logprobs, given = log_softmax(block.logits, self.temperature), upstream[0]
+        probs, given = scaled(block.logits, self.temperature).softmax(-1), upstream[0]
         assert given is not None
-        slope = logprobs.exp_().mul_(-given.sum(-1, keepdim=True))
+        slope = probs.mul_(-given.sum(-1, keepdim=True))
         return slope.scatter_add_(-1, self._ids(block, values[1]), given).div_(self.temperature)
 
     def _ids(self, block: Block, top: Tensor) -> Tensor:
@@ -355,7 +356,11 @@ def _entries(ours: Tensor, theirs: Tensor, divergence: TruncatedDivergence, beta
         return ours.exp() * (ours - theirs)
     if divergence == "forward-kl":
         return theirs.exp() * (theirs - ours)
-    return jsd_entries(ours, theirs, beta)
+    if beta in (0.0, 1.0):
+        return 0.0 * ours
+    middle = torch.logaddexp(theirs + math.log(beta), ours + math.log(1.0 - beta))
+    ours, theirs = ours.exp() * (ours - middle), theirs.exp() * (theirs - middle)
+    return torch.lerp(ours, theirs, beta)
 
 
 def _tail(logprobs: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """Maps of two token distributions from blocks of their logits, and the maps' gradients.
 
 Every map's derivative in the student's log-probabilities is some ``a`` ``[n, V]``; that in its
-logits is then ``(a - p sum(a)) / temperature``, so that a term of ``a`` that is ``p`` times a
-number of the row makes no difference.
+logits is then ``(a - p sum(a)) / temperature``. Where ``a`` is ``p b``, that is
+``p (b - sum(p b)) / temperature``, and numbers of the row in ``b`` make no difference.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffdistill.recompute import Block
 
@@ -76,7 +74,7 @@ class Maps:
             "teacher-entropy": lambda: -(pair.q * pair.other).sum(-1),
             "forward-kl": lambda: self._clipped(pair.q * pair.gap).sum(-1),
             "reverse-kl": lambda: -(pair.p * pair.gap).sum(-1),
-            "jsd": lambda: self._clipped(jsd_entries(pair.own, pair.other, self.beta)).sum(-1),
+            "jsd": lambda: self._clipped(pair.jsd_entries(self.beta)).sum(-1),
         }
         return tuple(makers[name]() for name in self.wanted)
 
@@ -85,28 +83,28 @@ class Maps:
     ) -> Tensor:
         """Return the gradient in the student's logits ``[n, V]``."""
         pair = _Pair(block, self.temperature)
+        rows = {
+            name: given.to(block.logits.dtype)[:, None]
+            for name, given in zip(self.wanted, upstream, strict=True)
+            if given is not None
+        }
         total = torch.zeros_like(block.logits)
-        for name, given in zip(self.wanted, upstream, strict=True):
-            if given is None:
-                continue
-            row = given.to(total.dtype)[:, None]
-            match name:
-                case "logprob":
-                    pair.add_taken(total, row)
-                case "entropy":
-                    total.addcmul_(pair.p * pair.own, row, value=-1.0)
-                case "reverse-kl":
-                    total.addcmul_(pair.p * pair.gap, row, value=-1.0)
-                case "forward-kl":
-                    kept = self._unclipped(pair.q, lambda: pair.q * pair.gap)
-                    total.addcmul_(kept, row, value=-1.0)
-                case "jsd" if self.beta not in (0.0, 1.0):
-                    slope = pair.p * (pair.own - log_mixture(pair.own, pair.other, self.beta))
-                    kept = self._unclipped(
-                        slope, lambda: jsd_entries(pair.own, pair.other, self.beta)
-                    )
-                    total.addcmul_(kept, row, value=1.0 - self.beta)
-        total.addcmul_(pair.p, total.sum(-1, keepdim=True), value=-1.0)
+        if "entropy" in rows:
+            total.addcmul_(pair.scaled, rows["entropy"], value=-1.0)
+        if "reverse-kl" in rows:
+            total.addcmul_(pair.target - pair.scaled, rows["reverse-kl"], value=-1.0)
+        if "jsd" in rows and self.beta not in (0.0, 1.0):
+            gap = pair.own - pair.mixture(self.beta)
+            kept = self._unclipped(gap, lambda: pair.jsd_entries(self.beta))
+            total.addcmul_(kept, rows["jsd"], value=1.0 - self.beta)
+        total.sub_((pair.p * total).sum(-1, keepdim=True)).mul_(pair.p)
+        if "forward-kl" in rows:
+            kept = self._unclipped(pair.q, lambda: pair.q * pair.gap)
+            total.addcmul_(pair.p, rows["forward-kl"] * kept.sum(-1, keepdim=True))
+            total.addcmul_(kept, rows["forward-kl"], value=-1.0)
+        if "logprob" in rows:
+            total.addcmul_(pair.p, rows["logprob"], value=-1.0)
+            pair.add_taken(total, rows["logprob"])
         return total if self.temperature == 1.0 else total.div_(self.temperature)
 
     def _clipped(self, entries: Tensor) -> Tensor:
@@ -120,57 +118,73 @@ class Maps:
 
 
 class _Pair:
-    """The distributions of both sides, each made when it is first asked for.
-
-    Log-probabilities are ``IMPOSSIBLE`` at least.
-    """
+    """The distributions of both sides, each made when it is first asked for."""
 
     def __init__(self, block: Block, temperature: float) -> None:
         self.block, self.temperature = block, temperature
 
     @cached_property
-    def own(self) -> Tensor:
-        """Return the log-probabilities of the student."""
-        return log_softmax(self.block.logits, self.temperature)
+    def scaled(self) -> Tensor:
+        """Return the student's logits by the temperature, ``IMPOSSIBLE`` at least."""
+        return scaled(self.block.logits, self.temperature)
 
     @cached_property
-    def p(self) -> Tensor:
-        """Return the probabilities of the student."""
-        return self.own.exp()
-
-    @cached_property
-    def raw(self) -> Tensor:
-        """Return the log-probabilities of the teacher itself."""
-        theirs = self.block.others[0].to(self.block.logits.dtype)
-        return log_softmax(theirs, self.temperature)
-
-    @cached_property
-    def other(self) -> Tensor:
-        """Return the log-probabilities of the target."""
+    def target(self) -> Tensor:
+        """Return those of the target."""
         logits, columns = self.block.logits, self.block.columns
-        strength, share = columns.get("strength"), columns.get("share")
-        if strength is None and share is None:
-            return self.raw
         target = self.block.others[0].to(logits.dtype)
-        if strength is not None:
+        if (strength := columns.get("strength")) is not None:
             reference = self.block.others[1].to(logits.dtype)
             target = extrapolated(target, reference, strength.to(logits.dtype)[:, None])
-        if share is not None:
+        if (share := columns.get("share")) is not None:
             part = share.to(logits.dtype)[:, None]
             # Finite, because 0 times the logit of a suppressed token would be NaN.
             ours, theirs = logits.clamp_min(IMPOSSIBLE), target.clamp_min(IMPOSSIBLE)
             target = (1.0 - part) * ours + part * theirs
-        return log_softmax(target, self.temperature)
+        return scaled(target, self.temperature)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Return the log-probabilities of the student."""
+        return self.scaled.log_softmax(-1)
+
+    @cached_property
+    def other(self) -> Tensor:
+        """Return the log-probabilities of the target."""
+        return self.target.log_softmax(-1)
+
+    @property
+    def raw(self) -> Tensor:
+        """Return the log-probabilities of the teacher itself."""
+        theirs = self.block.others[0].to(self.block.logits.dtype)
+        return scaled(theirs, self.temperature).log_softmax(-1)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Return the probabilities of the student."""
+        return self.scaled.softmax(-1)  # on a CPU faster than exp
 
     @cached_property
     def q(self) -> Tensor:
         """Return the probabilities of the target."""
-        return self.other.exp()
+        return self.target.softmax(-1)
 
     @cached_property
     def gap(self) -> Tensor:
         """Return how much likelier each token is to the target, as a logarithm."""
         return self.other - self.own
+
+    def mixture(self, beta: float) -> Tensor:
+        """Return the log-probabilities of ``beta q + (1 - beta) p``."""
+        return torch.lerp(self.p, self.q, beta).log_().clamp_min_(IMPOSSIBLE)
+
+    def jsd_entries(self, beta: float) -> Tensor:
+        """Return what each token adds to the generalized JSD."""
+        if beta in (0.0, 1.0):
+            return torch.zeros_like(self.p)
+        middle = self.mixture(beta)
+        theirs, ours = self.q * (self.other - middle), self.p * (self.own - middle)
+        return torch.lerp(ours, theirs, beta)
 
     def taken(self, logprobs: Tensor) -> Tensor:
         """Return the log-probability of each row's token, which may be beyond the vocabulary."""
@@ -186,24 +200,9 @@ class _Pair:
         total.scatter_add_(1, tokens.clamp(max=words - 1), row * (tokens < words))
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Return log-probabilities ``[n, V]``, ``IMPOSSIBLE`` at least."""
-    scaled = logits if temperature == 1.0 else logits / temperature
-    return F.log_softmax(scaled, dim=-1).clamp_min_(IMPOSSIBLE)
-
-
-def jsd_entries(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Return what each token adds to the generalized JSD, of log-probabilities ``[n, V]``."""
-    if beta in (0.0, 1.0):
-        return 0.0 * student
-    middle = log_mixture(student, teacher, beta)
-    theirs, ours = teacher.exp() * (teacher - middle), student.exp() * (student - middle)
-    return beta * theirs + (1.0 - beta) * ours
-
-
-def log_mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Return the log-probabilities of ``beta teacher + (1 - beta) student``."""
-    return torch.logaddexp(teacher + math.log(beta), student + math.log(1.0 - beta))
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits ``[n, V]`` by the temperature, ``IMPOSSIBLE`` at least."""
+    return (logits if temperature == 1.0 else logits / temperature).clamp_min(IMPOSSIBLE)
 
 
 def extrapolated(teacher: Tensor, reference: Tensor, strength: Tensor) -> Tensor:

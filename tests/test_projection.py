@@ -472,18 +472,50 @@ def test_rows_that_are_masked_out_or_not_trained_cost_nothing() -> None:
     mask = torch.zeros(ROWS, dtype=torch.bool)
     mask[0, 1:4] = True
     with Products(WORDS) as all_rows:
-        maps = token_maps(student, teacher, ("reverse-kl", "entropy"))
+        maps = token_maps(
+            student, teacher, ("reverse-kl", "entropy", "teacher-entropy"), tile_rows=3
+        )
     assert all_rows.rows == 2 * rows  # student and teacher
     with Products(WORDS) as masked:
         token_maps(student, teacher, ("reverse-kl",), mask=mask)
     assert masked.rows == 2 * 3
-    with Products(WORDS) as again:
-        (maps["reverse-kl"] * mask).sum().backward()
-    assert again.rows == 2 * 3
-    maps = token_maps(student, teacher, ("entropy", "teacher-entropy"))
+    with Products(WORDS) as trained:
+        (maps["reverse-kl"] * mask).sum().backward(retain_graph=True)
+    assert trained.rows == 2 * 3
     with Products(WORDS) as own:
         maps["entropy"].sum().backward()
     assert own.rows == rows  # the entropy's gradient does not need the teacher
+
+
+def test_the_last_tile_is_not_projected_again_unless_it_is_asked_twice() -> None:
+    student, teacher = projection(0), projection(10)
+    leaves = leaves_of(student)
+    value = token_maps(student, teacher, ("reverse-kl",), tile_rows=4)["reverse-kl"].sum()
+    known = torch.autograd.grad(dense_reverse_kl(student, teacher).sum(), leaves)
+    for projected in (8, 10):
+        with Products(WORDS) as products:
+            found = torch.autograd.grad(value, leaves, retain_graph=True)
+        assert products.rows == 2 * projected
+        torch.testing.assert_close(found, known)
+
+
+def test_a_part_of_the_last_tile_may_be_trained() -> None:
+    student, teacher = projection(0), projection(10)
+    leaves = leaves_of(student)
+    mask = torch.zeros(ROWS, dtype=torch.bool)
+    mask[0, 2] = mask[1, 2] = mask[1, 4] = True
+    value = token_maps(student, teacher, ("reverse-kl",), tile_rows=4)["reverse-kl"]
+    found = torch.autograd.grad((value * mask).sum(), leaves)
+    known = torch.autograd.grad((dense_reverse_kl(student, teacher) * mask).sum(), leaves)
+    torch.testing.assert_close(found, known)
+
+
+def dense_reverse_kl(student: Projection, teacher: Projection) -> Tensor:
+    return oracle(
+        student.hidden @ student.weight.T + student.bias,
+        teacher.hidden @ teacher.weight.T + teacher.bias,
+        some_tokens(), 0.5,
+    )["reverse-kl"]  # fmt: skip
 
 
 def test_gradients_of_half_precision_are_summed_in_float32() -> None:
