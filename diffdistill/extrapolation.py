@@ -171,10 +171,8 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _log_complement(logprob: Tensor) -> Tensor:
-    """Return ``log(1 - exp(logprob))`` without loss where the probability is near 0 or 1."""
-    logprob = _wide(logprob).clamp(max=0.0)
-    near_one = torch.log(-torch.expm1(logprob))
-    return torch.where(logprob > -math.log(2.0), near_one, torch.log1p(-torch.exp(logprob)))
+    """Return ``log(1 - exp(logprob))``, exact where the probability is near 1."""
+    return torch.log(-torch.expm1(_wide(logprob).clamp(max=0.0)))
 
 
 def _logit(logprob: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def test_a_share_of_a_hundred_segments_is_exact() -> None:
 
 
 def test_paragraphs_are_segments_where_there_are_four() -> None:
-    text = "\n a.\nb\n\nc\n \n\n d\n\ne. f\n"
-    assert segments(text) == ["\n a.\nb\n\n", "c\n \n\n ", "d\n\n", "e. f\n"]
+    text = "\n a.\nb\n\nc\n \t\r\n d\n\n\ne. f\n"
+    assert segments(text) == ["\n a.\nb\n\n", "c\n \t\r\n ", "d\n\n\n", "e. f\n"]
 
 
 def test_lines_are_segments_where_there_are_few_paragraphs() -> None:
