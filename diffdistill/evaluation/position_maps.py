@@ -20,7 +20,7 @@ from diffdistill.projection import (
     with_rows,
 )
 from diffdistill.supports import TopK, truncated_divergence
-from diffdistill.tokenwise import log_softmax
+from diffdistill.tokenwise import IMPOSSIBLE, scaled
 
 
 @torch.no_grad()
@@ -63,7 +63,8 @@ def consensus_gap(
     """
     found = []
     for _, logits in _tiles(predictions, mask):
-        mean = torch.stack([log_softmax(side, temperature) for side in logits]).mean(0)
+        sides = [scaled(side, temperature).log_softmax(-1) for side in logits]
+        mean = torch.stack(sides).clamp_min(IMPOSSIBLE).mean(0)
         found.append(-mean.logsumexp(-1))
     return spread(torch.cat(found).clamp_min(0.0), mask, mask.shape)
 

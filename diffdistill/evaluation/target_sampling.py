@@ -21,7 +21,7 @@ from diffdistill.pipelines.answers import is_one_of
 from diffdistill.pipelines.causal_sampling import answers_of
 from diffdistill.projection import Prediction, dense, prediction_rows, with_rows
 from diffdistill.rollouts import Answers, Sampling
-from diffdistill.tokenwise import extrapolated, log_softmax
+from diffdistill.tokenwise import extrapolated, scaled
 from diffdistill.types import Condition, Example, State
 
 FALLEN = 0.05
@@ -132,4 +132,4 @@ def _chosen(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
     """Return a token of each row ``[B]``: the first at temperature 0, or one at random."""
     if temperature == 0:
         return logits.argmax(-1)
-    return invert(log_softmax(logits, temperature).double().exp(), numbers)
+    return invert(scaled(logits, temperature).double().softmax(-1), numbers)
