@@ -50,6 +50,8 @@ from diffdistill.session import Session, build, text_pair
 
 ROOT = Path(__file__).parents[2]
 SHARED, CROSS = "tide-shared/python", "tide-cross/python"
+HELD_OUT = 128
+"""How many chats, and texts, a model is measured on."""
 PLAIN = ["method.tidal=none", "method.exposure=0", "method.weight=uniform"]
 
 
@@ -108,8 +110,8 @@ class World:
         pair = text_pair(self.cross)
         examples = [dataset[index] for index in range(len(dataset))]
         found = fitting(examples, [pair.student, pair.teacher])
-        self.chats = [example for example in found if example.messages is not None]
-        self.texts = [example for example in found if example.messages is None]
+        self.chats = [example for example in found if example.messages is not None][:HELD_OUT]
+        self.texts = [example for example in found if example.messages is None][:HELD_OUT]
 
     @cached_property
     def shared(self) -> Session:
@@ -235,7 +237,7 @@ def readme(results: dict[str, Any]) -> str:
         "",
         f"Made by `python scripts/reproduce/tide.py --seeds {seeds} --steps {results['steps']}`. "
         f"Each arm goes on from `python-bd3lm` for {results['steps']} steps of 8 texts; files kept "
-        "from training. Mean and standard deviation over "
+        f"from training, {HELD_OUT} chats and as many texts. Mean and standard deviation over "
         f"{seeds} training seeds; the masks of the measurements are the same for all. Bits per "
         "byte are bounds, whose Monte Carlo error is in results.json. KL to dense is KL(teacher || "
         "student) of a hidden token, chunk KL to MoE the KL of the event that a hidden chunk is "
