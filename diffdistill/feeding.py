@@ -25,6 +25,9 @@ from diffdistill.session import Session, flow_family
 from diffdistill.texts import Reader
 from diffdistill.types import Batch, Example
 
+TOLD_EVERY = 1000
+"""How many texts of a stream are read before it is said what was left out."""
+
 
 class Feed(NamedTuple):
     """The data of a run.
@@ -90,7 +93,7 @@ def _asked(session: Session, family: Questions, distributed: Distributed) -> Fee
         return (example for example in found if family.usable(example, solutions=uses))
 
     if data.streaming:
-        examples = endless_texts(data, seed, read=read)
+        examples = _telling(endless_texts(data, seed, read=read), family)
 
         def collate(group: Group[Example]) -> Batch:
             return family.collate(group.items, group.ids)
@@ -197,7 +200,7 @@ def _rows(encoded: Encoded, pair: TextPair) -> dict[Reader, Row]:
 def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Feed:
     """Return texts that are read and encoded as they are needed."""
     data, rank, world = session.config.data, distributed.rank, distributed.world
-    texts = endless_texts(data, session.config.train.seed)
+    texts = _telling(endless_texts(data, session.config.train.seed), pair)
 
     def encode(group: Group[Example]) -> Batch:
         return _collated(pair, group.ids, pair.encode(group.items))
@@ -213,6 +216,14 @@ def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Fee
         return prefetched(groups(texts, data.batch_size, **where), encode, pair.device)
 
     return Feed(batches)
+
+
+def _telling(texts: Iterator[Example], family: TextPair | Questions) -> Iterator[Example]:
+    """Yield texts; from time to time say what was left out, which would else pile up."""
+    for number, text in enumerate(texts, start=1):
+        yield text
+        if number % TOLD_EVERY == 0:
+            family.release()
 
 
 def _collated(pair: TextPair, ids: Sequence[int], encoded: Sequence[Encoded]) -> Batch:

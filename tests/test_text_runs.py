@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from diffdistill import cli
+from diffdistill import cli, feeding
 from diffdistill.checkpoints import Checkpoints, restore
 from diffdistill.commands.catalog import json_schema
 from diffdistill.commands.evaluate import evaluate
@@ -325,3 +325,21 @@ def test_what_is_compiled_is_what_is_called(world: Path, monkeypatch: pytest.Mon
     )
     build(parse_config(text_values(world, train={"compile": True})), CPU)
     assert compiled == ["Qwen3Model"]
+
+
+def test_a_stream_says_from_time_to_time_what_it_leaves_out(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "TOLD_EVERY", 6)
+    rows = (world / "chats.jsonl").read_text().splitlines()
+    long = {
+        "messages": [
+            {"role": "user", "content": "why? " * 200},
+            {"role": "assistant", "content": "x"},
+        ]
+    }
+    (tmp_path / "chats.jsonl").write_text("\n".join([*rows, json.dumps(long)]))
+    data = {"path": str(tmp_path / "chats.jsonl"), "on_error": "skip", "streaming": True}
+    values = text_values(world, "bd3lm", data=data, train={"steps": 12})
+    train(parse_config(values), tmp_path / "run")
+    assert caplog.text.count("left out") > 1
