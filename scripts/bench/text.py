@@ -1,0 +1,196 @@
+"""Speed and memory of token divergences, as ratios within one run.
+
+    python scripts/bench/text.py           # V = 151,936, H = 1,024, 2,048 tokens
+    python scripts/bench/text.py --quick   # a small vocabulary and few tokens, to see that it runs
+
+Each task is forward and backward: a divergence is trained, and its map, both entropies and the
+log-probability of the tokens are returned. Weights are random. Writes samples/bench/text.json,
+with what it ran on.
+"""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from dllm import Allocated
+from timing import paired
+from torch import Tensor
+
+from diffdistill.projection import Projection, TokenMap, token_maps
+
+ROOT = Path(__file__).parents[2]
+Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
+KINDS: tuple[Divergence, ...] = ("forward-kl", "reverse-kl", "jsd")
+
+
+@dataclass
+class Case:
+    """Hidden states and heads of a student and of a teacher, on one device.
+
+    Attributes:
+        student: Its hidden states and head have gradients.
+        teacher: Has none.
+        tokens: The answer's.
+    """
+
+    student: Projection
+    teacher: Projection
+    tokens: Tensor
+
+    @classmethod
+    def random(cls, rows: int, words: int, width: int, device: str, dtype: torch.dtype) -> "Case":
+        """Return a case whose logits have a standard deviation of about 1."""
+        torch.manual_seed(0)
+        sides = []
+        for trained in (True, False):
+            hidden = torch.randn(rows, width, device=device, dtype=dtype)
+            weight = torch.randn(words, width, device=device, dtype=dtype).div_(math.sqrt(width))
+            parts = (hidden.requires_grad_(trained), weight.requires_grad_(trained))
+            sides.append(Projection(*parts))
+        return cls(sides[0], sides[1], torch.randint(words, (rows,), device=device))
+
+    def train(self, value: Tensor) -> None:
+        """Take the gradients of a scalar, and forget them."""
+        value.backward()
+        self.student.hidden.grad = self.student.weight.grad = None
+
+    def streamed(self, kind: Divergence, mask: Tensor | None = None) -> None:
+        """Train with the maps of this package."""
+        wanted: tuple[TokenMap, ...] = (kind, "entropy", "teacher-entropy", "logprob")
+        maps = token_maps(self.student, self.teacher, wanted, tokens=self.tokens, mask=mask)
+        self.train(maps[kind].mean())
+
+    def selected(self, share: float) -> None:
+        """Train the reverse KL of the tokens with the highest Soft-OR score, as TIP does.
+
+        The scores are of all tokens, from the same call (eq. 7 of TIP, arXiv:2604.14084).
+        """
+        wanted: tuple[TokenMap, ...] = ("reverse-kl", "entropy")
+        maps = token_maps(self.student, self.teacher, wanted)
+        first, second = (unit(maps[name].detach()) for name in wanted)
+        best = (first + second - first * second).topk(int(share * len(first))).indices
+        self.train(maps["reverse-kl"][best].mean())
+
+    def naive(self, kind: Divergence) -> list[Tensor]:
+        """Train with logits that are all there at once; return the other maps."""
+        logprobs = self._logits(self.student).log_softmax(-1)
+        with torch.no_grad():
+            others = self._logits(self.teacher).log_softmax(-1)
+            entropies = [-(x.exp() * x).sum(-1) for x in (logprobs, others)]
+        if kind == "forward-kl":
+            value = (others.exp() * (others - logprobs)).sum(-1)
+        elif kind == "reverse-kl":
+            value = (logprobs.exp() * (logprobs - others)).sum(-1)
+        else:
+            p, q = logprobs.exp(), others.exp()
+            middle = (0.5 * p + 0.5 * q).log()
+            value = (0.5 * q * (others - middle) + 0.5 * p * (logprobs - middle)).sum(-1)
+        own = logprobs.detach().gather(-1, self.tokens[:, None])
+        self.train(value.mean())
+        return [*entropies, own]
+
+    def trl(self, kind: Divergence) -> None:
+        """Train with TRL's chunked kernel, which has the student's entropy only."""
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        beta = {"forward-kl": 0.0, "jsd": 0.5, "reverse-kl": 1.0}[kind]
+        sides = [x for side in (self.student, self.teacher) for x in (*side[:2], None)]
+        self.train(ChunkedDivergenceFunction.apply(*sides, beta)[0].mean())
+
+    @staticmethod
+    def _logits(side: Projection) -> Tensor:
+        return (side.hidden @ side.weight.T).float()
+
+
+def unit(score: Tensor) -> Tensor:
+    """Return a score between 0 and 1."""
+    return (score - score.min()) / (score.max() - score.min())
+
+
+def peak(task: Callable[[], object], case: Case) -> int:
+    """Return the most bytes that a task allocates besides the gradients it returns."""
+    gradients = sum(x.numel() * x.element_size() for x in case.student[:2])
+    if case.tokens.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        task()
+        return torch.cuda.max_memory_allocated() - before - gradients
+    there = [x for side in (case.student, case.teacher) for x in side[:2]]
+    with Allocated() as allocated:
+        allocated.alive |= {x.untyped_storage()._cdata for x in there}
+        task()
+    return allocated.peak - gradients
+
+
+def against_others(case: Case, rounds: int) -> dict[str, Any]:
+    """Return time and memory of each divergence over those of the naive path and of TRL."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        own = partial(case.streamed, kind)
+        own_peak = peak(own, case)
+        found[kind] = {"peak_bytes": own_peak}
+        for name, task in {
+            "naive": partial(case.naive, kind),
+            "trl": partial(case.trl, kind),
+        }.items():
+            other_peak = peak(task, case)
+            names = ("seconds", f"seconds_{name}", f"time_over_{name}")
+            found[kind] |= dict(zip(names, paired(own, task, rounds), strict=True))
+            found[kind] |= {
+                f"peak_bytes_{name}": other_peak,
+                f"memory_over_{name}": own_peak / other_peak,
+            }
+    return found
+
+
+def selection(case: Case, rounds: int) -> dict[str, Any]:
+    """Return the time of training a tenth of the tokens over that of training them all."""
+    rows = len(case.tokens)
+    mask = torch.zeros(rows, dtype=torch.bool, device=case.tokens.device)
+    mask[torch.randperm(rows)[: rows // 10]] = True
+
+    whole = partial(case.streamed, "reverse-kl")
+    names = ("seconds", "seconds_of_all", "ratio")
+    given = paired(partial(whole, mask), whole, rounds)
+    scored = paired(partial(case.selected, 0.1), whole, rounds)
+    return {
+        "given_mask": dict(zip(names, given, strict=True)),
+        "tip_scores": dict(zip(names, scored, strict=True)),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU, in bfloat16")
+    parser.add_argument("--rounds", type=int, default=3, help="times each side is run")
+    parser.add_argument("--output", type=Path, help="the JSON file")
+    given = parser.parse_args(arguments)
+    size = (256, 4096, 64) if given.quick else (2048, 151_936, 1024)
+    device, dtype = ("cuda", torch.bfloat16) if given.cuda else ("cpu", torch.float32)
+    case = Case.random(*size, device=device, dtype=dtype)
+    results = {
+        **dict(zip(("tokens", "vocabulary", "width"), size, strict=True)),
+        "divergences": against_others(case, given.rounds),
+        "selection": selection(case, given.rounds),
+    }
+    name = torch.cuda.get_device_name() if given.cuda else "CPU"
+    results["ran_on"] = f"{name}, {platform.machine()}, torch {torch.__version__}"
+    results["threads"] = torch.get_num_threads()
+    default = "text-quick.json" if given.quick else "text-gpu.json" if given.cuda else "text.json"
+    path = given.output or ROOT / "samples" / "bench" / default
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
