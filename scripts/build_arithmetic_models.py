@@ -348,8 +348,8 @@ library_name: transformers
 # {name}
 
 An autoregressive Qwen3 of {layers} layers and {hidden} channels that adds and multiplies with a
-scratchpad, {what}. Its answers end with a box or with a JSON object, as the question says
-([data](../../data/README.md)):
+scratchpad, {what}. Its answers end
+with a box or with a JSON object, as the question says ([data](../../data/README.md)):
 
 ```text
 478+694 box
