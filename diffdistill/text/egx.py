@@ -55,6 +55,15 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
     gap_form: bool = False
     branch: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.gap_form and (self.gate_beta == 0 or self.token_clip is not None):
+            raise ValueError(
+                "gap_form teaches nothing without a gate, and is no divergence to clip: set "
+                "gate_beta above 0, and token_clip to null"
+            )
+
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: the distilled term, and the rewarded one."""
         exposure = self.shown(progress)
@@ -68,15 +77,6 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         told |= self.told_exposure(exposure)
         loss = mean_loss(attempt, self.weight * maps.pop("divergence"), chosen, maps, **told)
         yield self._with_reward(attempt, loss) if self.reward_weight else loss
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.gap_form and (self.gate_beta == 0 or self.token_clip is not None):
-            raise ValueError(
-                "gap_form teaches nothing without a gate, and is no divergence to clip: set "
-                "gate_beta above 0, and token_clip to null"
-            )
 
     @property
     def compares(self) -> bool:
