@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -17,7 +17,7 @@ PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT = 30.0
 """Seconds between two tries, at most."""
 LONGEST_MESSAGE = 300
-TOKENS = re.compile(r"\[[\d,\s]{8,}\]")
+TOKENS = re.compile(r"\[[\d,\s]{8,}\]?")  # the message may be cut within them
 
 
 class Refused(UserError):  # noqa: N818 - says what the server did
@@ -48,7 +48,7 @@ class JsonServer:
     timeout: float = 60.0
     retries: int = 3
     backoff: float = 1.0
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
 
     def get(self, path: str) -> Any:
         """Return what is at a path.
@@ -76,8 +76,9 @@ class JsonServer:
                 return self._asked(path, body)
             except _PassingError as error:
                 last = error
-        tries = f"{self.retries + 1} tries in {time.monotonic() - started:.1f} s"
-        raise UserError(f"the server {self.url}{path} {last} ({tries}){last.advice}")
+        tries = f"{self.retries + 1} tries" if self.retries else "1 try"
+        took = f"{tries} in {time.monotonic() - started:.1f} s"
+        raise UserError(f"the server {self.url}{path} {last} ({took}){last.advice}")
 
     def _asked(self, path: str, body: bytes | None) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

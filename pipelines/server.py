@@ -185,11 +185,14 @@ class Server(TokenFamily):
     def _key(self) -> str | None:
         if self.api_key_variable is None:
             return None
-        key = os.environ.get(self.api_key_variable)
-        if not key:
+        key = os.environ.get(self.api_key_variable, "").strip()
+        if not (key and key.isascii() and key.isprintable()):
+            why = (
+                "no key: it has characters that cannot be sent" if key else "not in the environment"
+            )
             raise UserError(
                 f"the server {self.path}: api_key_variable names {self.api_key_variable}, which is "
-                "not in the environment"
+                f"{why}"
             )
         return key
 

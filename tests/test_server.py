@@ -17,6 +17,7 @@ from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.json_server import JsonServer
 from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.pipelines.server import Server
 from diffdistill.session import Session, build
@@ -24,6 +25,7 @@ from diffdistill.supports import TopK, top_logprobs
 from diffdistill.types import Example, State
 from tests.answer_run import ROWS, answer_values, save_answer_world
 from tests.conftest import CPU, START, gradients
+from tests.test_distributed import two_ranks
 from tests.tiny_server import TinyServer, serving
 from tests.toy_run import losses
 
@@ -199,6 +201,30 @@ def test_a_run_with_a_server_is_the_run_with_its_model_and_keeps_none_of_it(
     assert not caplog.records
 
 
+@pytest.mark.slow
+def test_two_ranks_ask_a_server_each_for_its_rows(
+    server: TinyServer, world: Path, tmp_path: Path
+) -> None:
+    method = {"name": "opd", "support": "teacher", "max_tokens": 6}
+    runs = {
+        size: answer_values(
+            world,
+            method=method,
+            roles=server_of(server),
+            data={"batch_size": size},
+            train={"steps": 2, "clip": 0.05},
+        )
+        for size in (2, 4)
+    }
+    train(parse_config(runs[4]), tmp_path / "one")
+    alone = sorted(body["prompt"] for body in server.asked)
+    server.requests.clear()
+    printed = two_ranks("fsdp2", runs[2], tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert len(server.asked) == len(alone) + 1  # that of a check more
+
+
 def test_a_dry_run_counts_no_parameters_of_a_server(server: TinyServer, world: Path) -> None:
     method = {"name": "opd", "support": "teacher", "max_tokens": 3}
     text = dry_run(parse_config(answer_values(world, method=method, roles=server_of(server))))
@@ -213,12 +239,12 @@ def test_a_server_that_is_down_is_in_the_way_of_training_alone(
     roles = server_of(server, path=down(), retries=0)
     assert session_of(world, roles, support="teacher").roles["teacher"].parameters() == {}
     method = {"name": "opd", "support": "teacher"}
-    with pytest.raises(UserError, match=r"cannot be reached: Connection refused \(1 tries in"):
+    with pytest.raises(UserError, match=r"cannot be reached: Connection refused \(1 try in"):
         train(parse_config(answer_values(world, method=method, roles=roles)), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("method", "teacher", "message"),
+    ("method", "role", "message"),
     [
         ({"support_size": 30}, {}, "support_size is 30, and roles.teacher.family.top_k is 20"),
         ({"support": "full"}, {}, "support: full needs the teacher's whole prediction"),
@@ -232,13 +258,13 @@ def test_a_server_that_is_down_is_in_the_way_of_training_alone(
     ],
 )
 def test_what_a_server_cannot_do_is_said_before_it_is_asked(
-    method: dict[str, Any], teacher: dict[str, Any], message: str, server: TinyServer, world: Path
+    method: dict[str, Any], role: dict[str, Any], message: str, server: TinyServer, world: Path
 ) -> None:
     options = {"name": "opd", "support": "teacher"} | method
     if options["name"].startswith("tests"):
         options = {"name": options["name"]}
     roles = server_of(server)
-    roles["teacher"] |= teacher
+    roles["teacher"] |= role
     with pytest.raises(UserError, match=message) as caught:
         build(parse_config(answer_values(world, method=options, roles=roles)), CPU)
     assert "\n" not in str(caught.value)
@@ -324,7 +350,7 @@ def test_a_server_that_is_slow_is_given_up(server: TinyServer, world: Path) -> N
         ({"model": "huge"}, {"names": ["a", "b"]}, "there is no model huge; it serves a, b"),
         ({}, {"names": ["a", "b"]}, "model is not set; it serves a, b"),
         ({}, {"max_logprobs": 3}, "max allowed: 3.* start vLLM with --max-logprobs 5"),
-        ({}, {"fewer": 2}, "gave 3 log-probabilities at a token.*--max-logprobs 5.*lower top_k"),
+        ({}, {"fewer": 2}, "gave [34] log-probabilities at a token.*--max-logprobs 5.*lower top_k"),
         ({}, {"value": None}, "gave None as a log-probability"),
         ({}, {"value": math.nan}, "gave nan as a log-probability"),
         ({}, {"value": 12.5}, "gave 12.5 as a log-probability: .*--logprobs-mode raw_logprobs"),
@@ -394,6 +420,16 @@ def test_neither_key_nor_tokens_are_in_an_error(
         predicted(family)
     assert "hidden-key" not in str(caught.value)
     assert "hidden-key" not in repr(caught.value.__cause__)
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_none_is_ever_shown(
+    server: TinyServer, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "hidden\nkey")
+    with pytest.raises(UserError, match="characters that cannot be sent") as caught:
+        family_of(server, world, api_key_variable="TEACHER_KEY").check()
+    assert "hidden" not in str(caught.value)
+    assert "hidden" not in repr(JsonServer(server.url, key="hidden"))
 
 
 def test_a_failure_leaves_the_questions_that_wait_unasked(server: TinyServer, world: Path) -> None:
