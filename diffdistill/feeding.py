@@ -1,6 +1,7 @@
 """The batches of a run: its data opened, encoded, ordered, and collated while it trains."""
 
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,10 @@ from diffdistill.types import Batch, Example
 
 TOLD_EVERY = 1000
 """How many texts of a stream are read before it is said what was left out."""
+
+
+TOLD_SECONDS = 5.0
+"""How long nothing more is said of how far encoding has come."""
 
 
 class Feed(NamedTuple):
@@ -156,10 +161,24 @@ def _encoded(
         encoded.prepare(
             distributed.rank,
             distributed.world,
-            lambda done, total: say(f"encoded {done}/{total}"),
+            _sparingly(lambda done, total: say(f"encoded {done}/{total}")),
         )
     distributed.wait()
     return encoded
+
+
+def _sparingly(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return what tells of progress at most every few seconds, and of the end."""
+    last = -math.inf
+
+    def told(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= TOLD_SECONDS:
+            last = now
+            tell(done, total)
+
+    return told
 
 
 def _order(
