@@ -5,7 +5,9 @@ forgotten, and projected again in the backward pass (``recompute``). All values 
 float32 (float64 where the inputs are), and returned unreduced.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -153,6 +155,7 @@ def token_maps(
     share: Tensor | None = None,
     shared: int | None = None,
     tile_rows: int | None = None,
+    triton: bool = True,
 ) -> dict[str, Tensor]:
     """Return maps ``[...]`` of student against teacher, from one pass over the vocabulary.
 
@@ -190,6 +193,8 @@ def token_maps(
         shared: Use only so many first entries of all vocabularies, the rest being impossible to
             all sides (padding, say); None demands that they are equally large.
         tile_rows: Rows projected at a time; None chooses by ``TILE_NUMBERS``.
+        triton: Use Triton kernels on a GPU, where they have what is wanted (``triton_maps``). The
+            environment variable DIFFDISTILL_TRITON=0 turns them off everywhere.
     """
     maps = Maps(tuple(wanted), temperature, beta, entry_clip)
     about_teacher = maps.needs_others([True] * len(maps.wanted))
@@ -203,18 +208,30 @@ def token_maps(
     assert same or shared, f"vocabularies of {' and '.join(map(str, sizes))}; set shared"
     shape = prediction_rows(student).shape[:-1]
     columns = {"tokens": tokens, "strength": strength, "share": share}
+    given = {
+        name: _rows(x.detach().expand(shape), mask) for name, x in columns.items() if x is not None
+    }
+    side = side_of(student, mask, shared=shared)
     values = streamed(
-        maps,
-        side_of(student, mask, shared=shared),
+        _fastest(maps, given, side) if triton else maps,
+        side,
         [side_of(other, mask, shared=shared).constant() for other in others],
-        {
-            name: _rows(x.detach().expand(shape), mask)
-            for name, x in columns.items()
-            if x is not None
-        },
+        given,
         tile_rows=tile_rows,
     )
     return {name: spread(x, mask, shape) for name, x in zip(maps.wanted, values, strict=True)}
+
+
+def _fastest(maps: Maps, columns: Mapping[str, Tensor], side: Side) -> Maps:
+    """Return the maps by Triton kernels, where there is a GPU and they can be had."""
+    allowed = os.environ.get("DIFFDISTILL_TRITON") != "0" and find_spec("triton") is not None
+    if not allowed or not side.rows.is_cuda or side.form.dtype == torch.float64:
+        return maps
+    from diffdistill.triton_maps import TritonMaps, can_make
+
+    if not can_make(maps, columns):
+        return maps
+    return TritonMaps(maps.wanted, maps.temperature)
 
 
 def side_of(prediction: Prediction, mask: Tensor | None, *, shared: int | None = None) -> Side:

@@ -116,6 +116,11 @@ class RowFunction(Protocol):
     """Values of each row, and their gradient in the logits of the side that is trained."""
 
     @property
+    def whole_tiles(self) -> bool:
+        """Return whether it takes a whole tile at once, since it makes no copies of it."""
+        ...
+
+    @property
     def trained(self) -> Sequence[bool]:
         """Return which values have a gradient."""
         ...
@@ -188,7 +193,7 @@ class _Streamed(torch.autograd.Function):
         found: list[Sequence[Tensor]] = []
         for tile in _pieces(max(1, len(rows)), tiles.size):
             products = tiles.products(tile)
-            for part in _blocks(products[0]):
+            for part in _blocks(products[0], function.whole_tiles):
                 pick = slice(tile.start + part.start, tile.start + part.stop)
                 found.append(function.values(tiles.block(products, part, columns, pick)))
         trains = form.projected and any(ctx.needs_input_grad)
@@ -211,7 +216,7 @@ class _Streamed(torch.autograd.Function):
         live = _live(rows, upstream)
 
         def add(tile: Tensor, products: Sequence[Tensor]) -> None:
-            for part in _blocks(products[0]):
+            for part in _blocks(products[0], function.whole_tiles):
                 pick = tile[part]
                 block = tiles.block(products, part, columns, pick)
                 given = [None if gradient is None else gradient[pick] for gradient in upstream]
@@ -334,12 +339,12 @@ def _live(rows: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     return reached.nonzero()[:, 0]
 
 
-def _blocks(product: Tensor) -> Iterator[slice]:
+def _blocks(product: Tensor, whole: bool) -> Iterator[slice]:
     """Yield the blocks of a tile; one, empty, if it has no rows."""
     on_cpu = product.device.type == "cpu"
     numbers = BLOCK_NUMBERS * torch.get_num_threads() if on_cpu else LARGEST_BLOCK
     rows = min(numbers, LARGEST_BLOCK) // max(1, product.shape[-1])
-    return _pieces(max(1, len(product)), max(1, rows))
+    return _pieces(max(1, len(product)), max(1, len(product) if whole else rows))
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:

@@ -7,7 +7,7 @@ corrections say what is done about it; docs/divergences.md compares them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -259,6 +259,8 @@ def _picked(
 @dataclass(frozen=True)
 class _Picking:
     """What ``_Picks`` are made of, as a ``recompute.RowFunction``."""
+
+    whole_tiles: ClassVar[bool] = False
 
     k: int
     temperature: float

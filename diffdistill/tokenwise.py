@@ -8,7 +8,7 @@ logits is then ``(a - p sum(a)) / temperature``. Where ``a`` is ``p b``, that is
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Maps:
         beta: See there.
         entry_clip: See there.
     """
+
+    whole_tiles: ClassVar[bool] = False
 
     wanted: tuple[TokenMap, ...]
     temperature: float = 1.0
@@ -103,8 +105,7 @@ class Maps:
             total.addcmul_(pair.p, rows["forward-kl"] * kept.sum(-1, keepdim=True))
             total.addcmul_(kept, rows["forward-kl"], value=-1.0)
         if "logprob" in rows:
-            total.addcmul_(pair.p, rows["logprob"], value=-1.0)
-            pair.add_taken(total, rows["logprob"])
+            pair.add_logprob_slope(total, rows["logprob"])
         return total if self.temperature == 1.0 else total.div_(self.temperature)
 
     def _clipped(self, entries: Tensor) -> Tensor:
@@ -193,11 +194,12 @@ class _Pair:
         possible = (tokens < logprobs.shape[-1]) & (found > IMPOSSIBLE)
         return torch.where(possible, found, -torch.inf)
 
-    def add_taken(self, total: Tensor, row: Tensor) -> None:
-        """Add numbers ``[n, 1]`` at each row's token, unless it is beyond the vocabulary."""
-        tokens = self.block.columns["tokens"][:, None]
-        words = total.shape[-1]
-        total.scatter_add_(1, tokens.clamp(max=words - 1), row * (tokens < words))
+    def add_logprob_slope(self, total: Tensor, row: Tensor) -> None:
+        """Add what a gradient ``[n, 1]`` in ``taken`` is in the logits by the temperature."""
+        tokens, words = self.block.columns["tokens"][:, None], total.shape[-1]
+        row = row * (tokens < words)
+        total.addcmul_(self.p, row, value=-1.0)
+        total.scatter_add_(1, tokens.clamp(max=words - 1), row)
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -1,11 +1,13 @@
 """Speed and memory of token divergences, as ratios within one run.
 
     python scripts/bench/text.py           # V = 151,936, H = 1,024, 2,048 tokens
+    python scripts/bench/text.py --full    # the same on a GPU, in bfloat16
     python scripts/bench/text.py --quick   # a small vocabulary and few tokens, to see that it runs
 
 Each task is forward and backward: a divergence is trained, and its map, both entropies and the
 log-probability of the tokens are returned. Weights are random. Writes samples/bench/text.json,
-with what it ran on.
+with what it ran on (text-full.json or text-quick.json). The naive JSD takes 16 GB; fewer --tokens
+take less.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from dllm import Allocated
+from random_text import VOCABULARY
 from timing import paired
 from torch import Tensor
 
@@ -171,22 +174,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--cuda", action="store_true", help="on a GPU, in bfloat16")
+    parser.add_argument("--full", action="store_true", help="on a GPU, in bfloat16")
+    parser.add_argument("--tokens", type=int, default=2048, help="rows")
     parser.add_argument("--rounds", type=int, default=3, help="times each side is run")
     parser.add_argument("--output", type=Path, help="the JSON file")
     given = parser.parse_args(arguments)
-    size = (256, 4096, 64) if given.quick else (2048, 151_936, 1024)
-    device, dtype = ("cuda", torch.bfloat16) if given.cuda else ("cpu", torch.float32)
+    if given.full and not torch.cuda.is_available():
+        raise SystemExit("--full needs an accelerator; not run")
+    size = (256, 4096, 64) if given.quick else (given.tokens, VOCABULARY, 1024)
+    device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
     case = Case.random(*size, device=device, dtype=dtype)
     results = {
         **dict(zip(("tokens", "vocabulary", "width"), size, strict=True)),
         "divergences": against_others(case, given.rounds),
         "selection": selection(case, given.rounds),
     }
-    name = torch.cuda.get_device_name() if given.cuda else "CPU"
+    name = torch.cuda.get_device_name() if given.full else "CPU"
     results["ran_on"] = f"{name}, {platform.machine()}, torch {torch.__version__}"
     results["threads"] = torch.get_num_threads()
-    default = "text-quick.json" if given.quick else "text-gpu.json" if given.cuda else "text.json"
+    default = "text-quick.json" if given.quick else "text-full.json" if given.full else "text.json"
     path = given.output or ROOT / "samples" / "bench" / default
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
