@@ -14,21 +14,28 @@ and what is there already is not run again.
 """
 
 import argparse
-import json
-import multiprocessing
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cached_property
-from itertools import product
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+from collecting import (
+    Arm,
+    cell,
+    collect,
+    deviation,
+    header,
+    open_results,
+    row,
+    save_results,
+    values,
+)
 from matplotlib.figure import Figure
 
 from diffdistill.bundled import bundled
-from diffdistill.checkpoints import restore, write_atomic
+from diffdistill.checkpoints import restore
 from diffdistill.commands.train import train
 from diffdistill.config import load_config
 from diffdistill.data.settings import DataSettings
@@ -53,14 +60,6 @@ SHARED, CROSS = "tide-shared/python", "tide-cross/python"
 HELD_OUT = 128
 """How many chats, and texts, a model is measured on."""
 PLAIN = ["method.tidal=none", "method.exposure=0", "method.weight=uniform"]
-
-
-class Arm(NamedTuple):
-    """One way to train: a config, and how it differs."""
-
-    config: str
-    overrides: list[str]
-
 
 ARMS = {
     "continued": Arm(SHARED, [*PLAIN, "method.distillation_weight=0"]),
@@ -156,7 +155,7 @@ class World:
         return self.measure(role) | {"hidden": hidden}
 
 
-def run(arm: Arm, seed: int, steps: int) -> dict[str, float]:
+def run(arm: Arm, steps: int, seed: int) -> dict[str, float]:
     """Train one student and return its measurements."""
     torch.set_num_threads(1)
     quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
@@ -167,44 +166,18 @@ def run(arm: Arm, seed: int, steps: int) -> dict[str, float]:
         return World().measure_student(student)
 
 
-def collect(path: Path, seeds: int, steps: int, workers: int) -> dict[str, Any]:
-    """Run what ``path`` does not hold yet, saving after each run."""
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": steps}
-    if results["steps"] != steps:
-        raise SystemExit(f"{path} holds runs of {results['steps']} steps: choose another --output")
+def measured(path: Path, seeds: int, steps: int, workers: int) -> dict[str, Any]:
+    """Return all results; what ``path`` does not hold yet is run."""
+    results = open_results(path, {"steps": steps})
     if "undistilled" not in results:
         world = World()
         results["undistilled"] = world.measure_student(world.shared.roles["student"])
         results["dense teacher"] = world.measure_teacher(world.shared)
         results["MoE teacher"] = world.measure_teacher(world.cross)
-        write_atomic(path, json.dumps(results, indent=1).encode())
-    missing = [
-        (name, seed)
-        for seed, name in product(range(seeds), ARMS)
-        if str(seed) not in results.setdefault(name, {})
-    ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {
-            pool.submit(run, ARMS[name], seed, steps): (name, seed) for name, seed in missing
-        }
-        for future in as_completed(futures):
-            name, seed = futures[future]
-            results[name][str(seed)] = future.result()
-            print(name, seed, {key: future.result()[key] for key in SHOWN}, flush=True)
-            write_atomic(path, json.dumps(results, indent=1).encode())
+        save_results(path, results)
+    jobs = {name: partial(run, arm, steps) for name, arm in ARMS.items()}
+    collect(path, results, jobs, seeds, workers, SHOWN)
     return results
-
-
-def values(results: dict[str, Any], arm: str, key: str) -> list[float]:
-    """Return one number of an arm for each seed."""
-    return [found[key] for found in results[arm].values()]
-
-
-def cell(found: list[float]) -> str:
-    """Return mean and standard deviation."""
-    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-    return f"{statistics.fmean(found):.3f} ± {spread:.3f}"
 
 
 def draw(results: dict[str, Any], output: Path) -> None:
@@ -214,19 +187,14 @@ def draw(results: dict[str, Any], output: Path) -> None:
     for panel, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         for place, arm in enumerate(ARMS):
             found = values(results, arm, key)
-            spread = statistics.stdev(found) if len(found) > 1 else 0.0
             taught = f"C{[SHARED, CROSS].index(ARMS[arm].config)}"
             color = "black" if arm.startswith("continued") else taught
-            panel.errorbar(place, statistics.fmean(found), spread, marker="o", capsize=3, c=color)
+            mean, spread = statistics.fmean(found), deviation(found)
+            panel.errorbar(place, mean, spread, marker="o", capsize=3, c=color)
         panel.axhline(results["undistilled"][key], color="gray", linestyle=":", linewidth=1)
         panel.set_xticks(range(len(ARMS)), list(ARMS), rotation=90, fontsize=7)
         panel.set_title(SHOWN[key], fontsize=9)
     figure.savefig(output / "figure.png", dpi=110)
-
-
-def row(name: str, numbers: list[str]) -> str:
-    """Return a row of a table."""
-    return f"| {name} | {' | '.join(numbers)} |"
 
 
 def readme(results: dict[str, Any]) -> str:
@@ -249,13 +217,13 @@ def readme(results: dict[str, Any]) -> str:
         "*Dotted: the student before. Black: without a teacher. Blue: with the dense one. Orange: "
         "with the mixture of experts.*",
     ]
-    header = [row("", list(SHOWN.values())), "|---" * (len(SHOWN) + 1) + "|"]
+    top = header(list(SHOWN.values()))
     for title, names in TABLES.items():
         before = [f"{results['undistilled'][key]:.3f}" for key in SHOWN]
-        lines += ["", f"## {title}", "", *header, row("undistilled", before)]
+        lines += ["", f"## {title}", "", *top, row("undistilled", before)]
         for name in names:
             lines.append(row(name, [cell(values(results, name, key)) for key in SHOWN]))
-    lines += ["", "## The teachers", "", *header]
+    lines += ["", "## The teachers", "", *top]
     for name in ("dense teacher", "MoE teacher"):
         found = results[name]
         lines.append(row(name, [f"{found[key]:.3f}" if key in found else "-" for key in SHOWN]))
@@ -280,7 +248,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     path = arguments.output / "results.json"
-    results = collect(path, arguments.seeds, arguments.steps, arguments.workers)
+    results = measured(path, arguments.seeds, arguments.steps, arguments.workers)
     draw(results, arguments.output)
     reading = arguments.output / "reading.md"
     told = reading.read_text(encoding="utf-8") if reading.exists() else ""
