@@ -167,7 +167,8 @@ def streamed(
             again where it turns out otherwise.
         tile_rows: Rows projected at a time; None chooses by ``TILE_NUMBERS``.
     """
-    job = _Job(function, side.form, others, columns or {}, planned, tile_rows)
+    wish = planned if torch.is_grad_enabled() else None
+    job = _Job(function, side.form, others, columns or {}, wish, tile_rows)
     return _Streamed.apply(job, *side[1:])
 
 

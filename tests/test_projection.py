@@ -536,6 +536,16 @@ def test_planned_gradients_are_those_of_the_backward_pass_without_its_cost(froze
     torch.testing.assert_close(torch.autograd.grad(value, leaves), known)  # made again
 
 
+def test_nothing_is_planned_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffdistill.recompute._Sums", None)  # what gradients are summed in
+    student, ones = projection(0), torch.ones(ROWS)
+    constant = token_maps(student, None, ("entropy",), planned={"entropy": ones})
+    leaves_of(student)
+    with torch.no_grad():
+        token_maps(student, None, ("entropy",), planned={"entropy": ones})
+    assert not constant["entropy"].requires_grad
+
+
 @pytest.mark.parametrize("planned", ["another map", "other weights", "too many", "nothing"])
 def test_a_plan_that_is_not_kept_only_costs_time(planned: str) -> None:
     student, teacher = projection(0), projection(10)
