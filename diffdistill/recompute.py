@@ -152,6 +152,7 @@ def streamed(
     others: Sequence[Side] = (),
     columns: Mapping[str, Tensor] | None = None,
     *,
+    planned: Sequence[Tensor | None] | None = None,
     tile_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the values ``[N, ...]`` of a function of each row.
@@ -161,9 +162,14 @@ def streamed(
         side: The side that is trained.
         others: The other sides; they are constants.
         columns: Numbers ``[N, ...]`` of each row, constants too.
+        planned: The gradients ``[N, ...]`` that the values will get, up to one common factor. The
+            side's gradients are then made in the forward pass, of the same logits; they are made
+            again where it turns out otherwise.
         tile_rows: Rows projected at a time; None chooses by ``TILE_NUMBERS``.
     """
-    return _Streamed.apply(function, side.form, others, columns or {}, tile_rows, *side[1:])
+    wish = planned if torch.is_grad_enabled() else None
+    job = _Job(function, side.form, others, columns or {}, wish, tile_rows)
+    return _Streamed.apply(job, *side[1:])
 
 
 def precise(values: Tensor) -> Tensor:
@@ -171,35 +177,47 @@ def precise(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+class _Job(NamedTuple):
+    """What is streamed, besides the tensors that have gradients; see ``streamed``."""
+
+    function: RowFunction
+    form: Form
+    others: Sequence[Side]
+    columns: Mapping[str, Tensor]
+    planned: Sequence[Tensor | None] | None
+    tile_rows: int | None
+
+
 class _Streamed(torch.autograd.Function):
     """The values of all rows; logits are computed again in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        function: RowFunction,
-        form: Form,
-        others: Sequence[Side],
-        columns: Mapping[str, Tensor],
-        tile_rows: int | None,
-        rows: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        ctx: Any, job: _Job, rows: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Return each value ``[N, ...]``."""
         ctx.set_materialize_grads(False)
-        ctx.parts = function, form, others, columns, tile_rows
-        tiles = _Tiles((Side(form, rows, weight, bias), *others), tile_rows)
+        ctx.job, ctx.sums, ctx.kept = job, None, None
+        trains = job.form.projected and any(ctx.needs_input_grad)
+        if trains and job.planned is not None:
+            ctx.sums = _Sums(job, (rows, weight, bias), ctx.needs_input_grad[1:])
+        tiles = _Tiles(job, (Side(job.form, rows, weight, bias), *job.others))
         found: list[Sequence[Tensor]] = []
         for tile in _pieces(max(1, len(rows)), tiles.size):
             products = tiles.products(tile)
-            for part in _blocks(products[0], function.whole_tiles):
+            for part in tiles.blocks(products):
                 pick = slice(tile.start + part.start, tile.start + part.stop)
-                found.append(function.values(tiles.block(products, part, columns, pick)))
-        trains = form.projected and any(ctx.needs_input_grad)
-        ctx.kept = (tile.start, products, tiles.buffers) if trains else None
+                block = tiles.block(products, part, pick)
+                found.append(job.function.values(block))
+                if ctx.sums is not None:
+                    given = _at(job.planned, pick)
+                    products[0][part] = ctx.sums.slope(block, found[-1], given)
+            if ctx.sums is not None:
+                ctx.sums.add(tile, products[0], tiles.sides[0])
+        if trains and ctx.sums is None:
+            ctx.kept = tile.start, products, tiles.buffers
         values = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-        marks = zip(values, function.trained, strict=True)
+        marks = zip(values, job.function.trained, strict=True)
         ctx.mark_non_differentiable(*(value for value, trained in marks if not trained))
         ctx.save_for_backward(rows, weight, bias, *values)
         return values
@@ -208,22 +226,24 @@ class _Streamed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of rows, weight and bias; rows without one cost nothing."""
-        function, form, others, columns, tile_rows = ctx.parts
-        rows, weight, bias, *values = ctx.saved_tensors
-        sums = _Sums(form, (rows, weight, bias), ctx.needs_input_grad[5:])
-        used = others if function.needs_others([given is not None for given in upstream]) else ()
-        tiles = _Tiles((Side(form, rows, weight, bias), *used), tile_rows)
+        job, (rows, weight, bias, *values) = ctx.job, ctx.saved_tensors
+        if ctx.sums is not None:
+            sums, ctx.sums = ctx.sums, None
+            factor = _factor(job.planned, upstream)
+            if factor is not None:
+                return None, *sums.gradients(factor)
+        sums = _Sums(job, (rows, weight, bias), ctx.needs_input_grad[1:])
+        needed = job.function.needs_others([given is not None for given in upstream])
+        sides = (Side(job.form, rows, weight, bias), *(job.others if needed else ()))
+        tiles = _Tiles(job, sides)
         live = _live(rows, upstream)
 
         def add(tile: Tensor, products: Sequence[Tensor]) -> None:
-            for part in _blocks(products[0], function.whole_tiles):
+            for part in tiles.blocks(products):
                 pick = tile[part]
-                block = tiles.block(products, part, columns, pick)
-                given = [None if gradient is None else gradient[pick] for gradient in upstream]
-                slope = function.slope(block, [value[pick] for value in values], given)
-                slope = form.unfinished(slope, block.logits)
-                sums.add_bias(slope)
-                products[0][part] = slope
+                block = tiles.block(products, part, pick)
+                known = [value[pick] for value in values]
+                products[0][part] = sums.slope(block, known, _at(upstream, pick))
             sums.add(tile, products[0], tiles.sides[0])
 
         if ctx.kept is not None:
@@ -233,10 +253,10 @@ class _Streamed(torch.autograd.Function):
             if len(last) == len(products[0]):
                 add(last, products)
             elif len(last):
-                add(last, [product[last - start] for product in products[: len(tiles.sides)]])
+                add(last, [product[last - start] for product in products[: len(sides)]])
         for piece in _pieces(len(live), tiles.size):
             add(live[piece], tiles.products(live[piece]))
-        return (None,) * 5 + sums.gradients()
+        return None, *sums.gradients()
 
 
 class _Tiles:
@@ -248,10 +268,11 @@ class _Tiles:
         buffers: The memory of each side's product.
     """
 
-    def __init__(self, sides: Sequence[Side], size: int | None) -> None:
+    def __init__(self, job: _Job, sides: Sequence[Side]) -> None:
+        self.job = job
         self.sides = [side._replace(weight=side.form.head(side.weight)) for side in sides]
         words = max(x.rows.shape[-1] if x.weight is None else len(x.weight) for x in self.sides)
-        self.size = size or max(1, TILE_NUMBERS // words)
+        self.size = job.tile_rows or max(1, TILE_NUMBERS // words)
         self.buffers: Sequence[Tensor] = ()
 
     def products(self, tile: Tensor | slice) -> list[Tensor]:
@@ -266,17 +287,19 @@ class _Tiles:
         pairs = zip(self.sides, self.buffers, strict=False)
         return [side.form.product(side.rows[tile], side.weight, x) for side, x in pairs]
 
-    def block(
-        self,
-        products: Sequence[Tensor],
-        part: slice,
-        columns: Mapping[str, Tensor],
-        pick: Tensor | slice,
-    ) -> Block:
+    def blocks(self, products: Sequence[Tensor]) -> Iterator[slice]:
+        """Yield the blocks of a tile; one, empty, if it has no rows."""
+        count, words = products[0].shape
+        on_cpu = products[0].device.type == "cpu"
+        numbers = BLOCK_NUMBERS * torch.get_num_threads() if on_cpu else LARGEST_BLOCK
+        size = count if self.job.function.whole_tiles else min(numbers, LARGEST_BLOCK) // words
+        return _pieces(max(1, count), max(1, size))
+
+    def block(self, products: Sequence[Tensor], part: slice, pick: Tensor | slice) -> Block:
         """Return a part of a tile, whose rows are ``pick`` among all."""
         pairs = zip(self.sides, products, strict=False)
         logits, *others = [side.form.finished(x[part], side.bias) for side, x in pairs]
-        return Block(logits, others, {name: column[pick] for name, column in columns.items()})
+        return Block(logits, others, {name: x[pick] for name, x in self.job.columns.items()})
 
 
 class _Sums:
@@ -286,8 +309,8 @@ class _Sums:
         totals: Each sum so far, or None where there is no gradient.
     """
 
-    def __init__(self, form: Form, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
-        self.form, self.types = form, [None if x is None else x.dtype for x in inputs]
+    def __init__(self, job: _Job, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+        self.job, self.types = job, [None if x is None else x.dtype for x in inputs]
         exact = (False, True, True)  # what only one tile adds to needs no better type
         self.totals = [
             torch.zeros_like(x, dtype=precise(x[:0]).dtype if summed else x.dtype)
@@ -296,29 +319,35 @@ class _Sums:
             for x, wanted, summed in zip(inputs, needed, exact, strict=True)
         ]
 
-    def add_bias(self, slope: Tensor) -> None:
-        """Add a block's gradient ``[n, V]`` in the product, as it is that of the bias."""
+    def slope(
+        self, block: Block, values: Sequence[Tensor], upstream: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return a block's gradient ``[n, V]`` in the product, having added that of the bias."""
+        slope = self.job.function.slope(block, values, upstream)
+        slope = self.job.form.unfinished(slope, block.logits)
         if (bias := self.totals[2]) is not None:
-            bias[: self.form.shared] += slope.sum(0)
+            bias[: self.job.form.shared] += slope.sum(0)
+        return slope
 
-    def add(self, tile: Tensor, slope: Tensor, side: Side) -> None:
+    def add(self, tile: Tensor | slice, slope: Tensor, side: Side) -> None:
         """Add what the gradient ``[n, V]`` in the product of a tile's rows comes to."""
-        rows, weight = self.totals[:2]
-        if not self.form.projected:
+        (rows, weight), form = self.totals[:2], self.job.form
+        if not form.projected:
             if rows is not None:
-                rows[tile, : self.form.shared] = slope.to(rows.dtype)
+                rows[tile, : form.shared] = slope.to(rows.dtype)
             return
         assert side.weight is not None
         with torch.autocast(slope.device.type, enabled=False):
             if rows is not None:
                 rows[tile] = (slope @ side.weight).to(rows.dtype)
             if weight is not None:
-                _add_product(weight[: self.form.shared], slope, side.rows[tile].to(slope.dtype))
+                _add_product(weight[: form.shared], slope, side.rows[tile].to(slope.dtype))
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """Return the sums in the types of what they are gradients of."""
+    def gradients(self, factor: float = 1.0) -> tuple[Tensor | None, ...]:
+        """Return the sums times a factor, in the types of what they are gradients of."""
         pairs = zip(self.totals, self.types, strict=True)
-        return tuple(None if total is None else total.to(kind) for total, kind in pairs)
+        scaled = ((x if x is None or factor == 1.0 else x.mul_(factor), kind) for x, kind in pairs)
+        return tuple(None if total is None else total.to(kind) for total, kind in scaled)
 
 
 def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
@@ -339,12 +368,23 @@ def _live(rows: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     return reached.nonzero()[:, 0]
 
 
-def _blocks(product: Tensor, whole: bool) -> Iterator[slice]:
-    """Yield the blocks of a tile; one, empty, if it has no rows."""
-    on_cpu = product.device.type == "cpu"
-    numbers = BLOCK_NUMBERS * torch.get_num_threads() if on_cpu else LARGEST_BLOCK
-    rows = min(numbers, LARGEST_BLOCK) // max(1, product.shape[-1])
-    return _pieces(max(1, len(product)), max(1, len(product) if whole else rows))
+def _factor(planned: Sequence[Tensor | None], upstream: Sequence[Tensor | None]) -> float | None:
+    """Return what gradients are times the planned ones, or None if they are something else."""
+    pairs = [
+        [torch.zeros_like(other) if x is None else x.to(other.dtype) for x in pair]
+        for pair in zip(planned, upstream, strict=True)
+        if (other := pair[0] if pair[1] is None else pair[1]) is not None
+    ]
+    expected, found = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs, strict=True))
+    if not expected.any():
+        return None
+    place = expected.abs().argmax()
+    factor = found[place] / expected[place]
+    return factor.item() if torch.allclose(found, factor * expected, 1e-5, 0.0) else None
+
+
+def _at(values: Sequence[Tensor | None] | None, pick: Tensor | slice) -> list[Tensor | None]:
+    return [None if value is None else value[pick] for value in values or ()]
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:

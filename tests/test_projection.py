@@ -510,6 +510,60 @@ def test_a_part_of_the_last_tile_may_be_trained() -> None:
     torch.testing.assert_close(found, known)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_planned_gradients_are_those_of_the_backward_pass_without_its_cost(frozen: bool) -> None:
+    student, teacher = projection(0), projection(10)
+    leaves = leaves_of(student)[: 1 if frozen else 3]
+    if frozen:
+        student = student._replace(weight=student.weight.detach(), bias=student.bias.detach())
+    mask = torch.tensor([[True, False, True, True, False], [True] * 5])
+    weight = randn(*ROWS, seed=4, dtype=torch.float64).abs()
+    wanted: tuple[TokenMap, ...] = ("reverse-kl", "entropy", "logprob")
+
+    def loss(**options: Any) -> Tensor:
+        maps = token_maps(
+            student, teacher, wanted, tokens=some_tokens(), mask=mask, tile_rows=3, **options
+        )
+        total = (weight * maps["reverse-kl"]).sum() - 0.5 * (mask * maps["logprob"]).sum()
+        return -3.0 * total / mask.sum()
+
+    value = loss(planned={"reverse-kl": weight, "logprob": -0.5 * mask})
+    with Products(WORDS) as products:
+        found = torch.autograd.grad(value, leaves, retain_graph=True)
+    assert products.rows == 0
+    known = torch.autograd.grad(loss(), leaves)
+    torch.testing.assert_close(found, known)
+    torch.testing.assert_close(torch.autograd.grad(value, leaves), known)  # made again
+
+
+def test_nothing_is_planned_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffdistill.recompute._Sums", None)  # what gradients are summed in
+    student, ones = projection(0), torch.ones(ROWS)
+    constant = token_maps(student, None, ("entropy",), planned={"entropy": ones})
+    leaves_of(student)
+    with torch.no_grad():
+        token_maps(student, None, ("entropy",), planned={"entropy": ones})
+    assert not constant["entropy"].requires_grad
+
+
+@pytest.mark.parametrize("planned", ["another map", "other weights", "too many", "nothing"])
+def test_a_plan_that_is_not_kept_only_costs_time(planned: str) -> None:
+    student, teacher = projection(0), projection(10)
+    leaves = leaves_of(student)
+    ones = torch.ones(ROWS)
+    plans: dict[str, dict[TokenMap, Tensor]] = {
+        "another map": {"entropy": ones},
+        "other weights": {"reverse-kl": ones.scatter(1, torch.tensor([[2]]), 1.1)},
+        "too many": {"reverse-kl": ones, "entropy": ones},
+        "nothing": {"reverse-kl": 0.0 * ones},
+    }
+    maps = token_maps(student, teacher, ("reverse-kl", "entropy"), planned=plans[planned])
+    small = 1e-12 * maps["reverse-kl"].sum()
+    found = torch.autograd.grad(small, leaves)
+    known = torch.autograd.grad(1e-12 * dense_reverse_kl(student, teacher).sum(), leaves)
+    torch.testing.assert_close(found, known, rtol=1e-7, atol=0.0)
+
+
 def dense_reverse_kl(student: Projection, teacher: Projection) -> Tensor:
     return oracle(
         student.hidden @ student.weight.T + student.bias,

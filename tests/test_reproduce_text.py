@@ -348,3 +348,31 @@ def test_the_page_has_all_arms_and_their_differences(
     assert page.endswith("More.\nBy hand.\n")
     assert (tmp_path / "figure.png").stat().st_size > 0
     assert study.folder.name == "a-study"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_makes_its_page_of_what_is_on_disk_without_running_anything(
+    scripts: dict[str, ModuleType], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, runs = scripts[name], scripts["arithmetic_runs"]
+    arms = list(arms_of(script, tmp_path))
+    shown = script.study(tmp_path).shown if name == "many_faces" else runs.SHOWN
+    numbers = dict.fromkeys([*shown, "exposure", "strength", "gate", "grad_norm"], 0.5)
+    numbers |= {"box/level/add-2": 0.25, "student_mass": 0.25, "teacher_mass": 0.75}
+    numbers |= {f"course/{n}/{key}": 1.0 for n in (2, 4) for key in scripts["many_faces"].COURSE}
+    shares = [f"{kind} {n}%" for kind in ("plain", "streamed") for n in (100, 50, 20, 10)]
+    results: dict[str, Any] = {"steps": 4, "questions": 400}
+    results |= {"undistilled": numbers, "teacher": numbers, "memory": dict.fromkeys(shares, 1.0)}
+    results |= {"norms": dict.fromkeys(arms, 1.0), "directions": {arm: [0.5, 0.7] for arm in arms}}
+    results |= {arm: {"0": numbers, "1": numbers} for arm in arms}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    command = ["script", "--seeds", "2", "--steps", "4", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(runs, "draw", lambda *_: None)  # takes seconds, and is tested above
+    script.main()
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"| {arm} | 0.500 ± 0.000 |" in page for arm in arms)
+    assert json.loads(path.read_text()) == results
+    for line in page.splitlines():
+        assert line.count("|") != 1

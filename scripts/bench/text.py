@@ -64,10 +64,13 @@ class Case:
         value.backward()
         self.student.hidden.grad = self.student.weight.grad = None
 
-    def streamed(self, kind: Divergence, mask: Tensor | None = None) -> None:
-        """Train with the maps of this package."""
+    def streamed(self, kind: Divergence, planned: bool, mask: Tensor | None = None) -> None:
+        """Train with the maps of this package, whose gradients are planned or not."""
         wanted: tuple[TokenMap, ...] = (kind, "entropy", "teacher-entropy", "logprob")
-        maps = token_maps(self.student, self.teacher, wanted, tokens=self.tokens, mask=mask)
+        plan = {kind: torch.ones_like(self.tokens)} if planned else None
+        maps = token_maps(
+            self.student, self.teacher, wanted, tokens=self.tokens, mask=mask, planned=plan
+        )
         self.train(maps[kind].mean())
 
     def selected(self, share: float) -> None:
@@ -137,36 +140,38 @@ def against_others(case: Case, rounds: int) -> dict[str, Any]:
     """Return time and memory of each divergence over those of the naive path and of TRL."""
     found: dict[str, Any] = {}
     for kind in KINDS:
-        own = partial(case.streamed, kind)
-        own_peak = peak(own, case)
-        found[kind] = {"peak_bytes": own_peak}
-        for name, task in {
-            "naive": partial(case.naive, kind),
-            "trl": partial(case.trl, kind),
-        }.items():
-            other_peak = peak(task, case)
-            names = ("seconds", f"seconds_{name}", f"time_over_{name}")
-            found[kind] |= dict(zip(names, paired(own, task, rounds), strict=True))
-            found[kind] |= {
-                f"peak_bytes_{name}": other_peak,
-                f"memory_over_{name}": own_peak / other_peak,
-            }
+        others = {"naive": partial(case.naive, kind), "trl": partial(case.trl, kind)}
+        peaks = {name: peak(task, case) for name, task in others.items()}
+        found[kind] = {"peak_bytes": dict(peaks)}
+        for way in ("planned", "unplanned"):
+            own = partial(case.streamed, kind, way == "planned")
+            found[kind]["peak_bytes"][way] = own_peak = peak(own, case)
+            found[kind][way] = {f"memory_over_{x}": own_peak / peaks[x] for x in others}
+            for name, task in others.items():
+                names = (f"seconds_beside_{name}", f"seconds_{name}", f"time_over_{name}")
+                found[kind][way] |= dict(zip(names, paired(own, task, rounds), strict=True))
     return found
 
 
 def selection(case: Case, rounds: int) -> dict[str, Any]:
-    """Return the time of training a tenth of the tokens over that of training them all."""
+    """Return the time of training a tenth of the tokens over that of training them all.
+
+    Where the scores of the same call choose, nothing can be planned.
+    """
     rows = len(case.tokens)
     mask = torch.zeros(rows, dtype=torch.bool, device=case.tokens.device)
     mask[torch.randperm(rows)[: rows // 10]] = True
-
-    whole = partial(case.streamed, "reverse-kl")
+    planned, unplanned = (partial(case.streamed, "reverse-kl", plan) for plan in (True, False))
+    scored = partial(case.selected, 0.1)
+    pairs = {
+        "given_mask": (partial(planned, mask), planned),
+        "given_mask_unplanned": (partial(unplanned, mask), unplanned),
+        "tip_scores": (scored, unplanned),
+        "tip_scores_over_planned": (scored, planned),
+    }
     names = ("seconds", "seconds_of_all", "ratio")
-    given = paired(partial(whole, mask), whole, rounds)
-    scored = paired(partial(case.selected, 0.1), whole, rounds)
     return {
-        "given_mask": dict(zip(names, given, strict=True)),
-        "tip_scores": dict(zip(names, scored, strict=True)),
+        name: dict(zip(names, paired(*pair, rounds), strict=True)) for name, pair in pairs.items()
     }
 
 

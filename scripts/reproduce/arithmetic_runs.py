@@ -156,6 +156,7 @@ class World:
         shown: Any = subject.judgment(attempt)
         return {"teacher": self.teacher(attempt.state, blind), "privileged": shown}
 
+    @torch.no_grad()
     def moved(self, role: Role) -> float:
         """Return how far the weights are from those before, relative to their norm."""
         before = self.student.parameters()

@@ -61,11 +61,12 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         "",
         "## Against the best fixed share",
         "",
-        f"Found afterwards: {best}. Right in a box:",
+        f"Found afterwards: {best}. Right in a box, seed by seed:",
+        "",
     ]
     for name in ("ATESD", "ATESD, full start", "random"):
         gap = cell(differences(results, name, best, RIGHT))
-        lines += ["", f"- {name}: {gap} more"]
+        lines.append(f"- {name}: {gap} more")
     return lines
 
 

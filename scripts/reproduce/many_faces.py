@@ -70,7 +70,10 @@ TRUNCATED = {
 
 def contexts(hints: Path) -> dict[str, Arm]:
     """Return the arms that are shown solutions, and one hint; with JSON."""
-    shown = {"own solutions": "bundled:arithmetic-json-train.jsonl", "shared hint": str(hints)}
+    shown = {
+        "own solutions": "bundled:arithmetic-json-train.jsonl",
+        "shared hint": str(hints.absolute()),
+    }
     common = [*LONG, "rewards=json-answer"]
     return {name: Arm(OPSD, [*common, f"data.path={path}"]) for name, path in shown.items()}
 
@@ -177,7 +180,6 @@ def fixed_points(results: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     given = options(study(Path()), __doc__)
-    given.output.mkdir(parents=True, exist_ok=True)
     write_hints(given.output / "shared-hint.jsonl")
     compared = study(given.output)
     results = measured(compared, given)

@@ -12,8 +12,8 @@ Writes results.json, figure.png and README.md to samples/tip. Each run is saved 
 what is there already is not run again.
 """
 
-import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,9 @@ import torch
 from arithmetic_runs import Study, measured, options, publish
 from collecting import Arm, cell, differences, header, row, save_results
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffdistill.projection import Projection, token_maps
 
@@ -81,28 +84,30 @@ def confounded(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def kept_bytes(loss: Callable[[], Tensor]) -> int:
-    """Return the bytes that are kept for the backward pass of a loss, besides what there was."""
-    before = storages()
-    kept: list[Tensor] = []  # autograd's own are not seen otherwise
+class Watch(TorchDispatchMode):
+    """Knows what all tensors are stored in that come about within the block."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        return found
+
+
+def kept_bytes(loss: Callable[[], Tensor], given: Sequence[Tensor]) -> int:
+    """Return the bytes that are kept for the backward pass of a loss, besides what was given."""
+    with Watch() as watch:
         value = loss()
-    after = storages()
+    old = {StorageWeakRef(tensor.untyped_storage()) for tensor in given}
+    kept = [n for ref, n in watch.storages.items() if not ref.expired() and ref not in old]
     del value
-    return sum(size for place, size in after.items() if place not in before)
-
-
-def storages() -> dict[int, int]:
-    """Return address and size of what all tensors that Python knows are stored in."""
-    gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
-    found = [tensor.untyped_storage() for tensor in tensors]
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+    return sum(kept)
 
 
 def plain_loss(student: Projection, teacher: Projection, chosen: Tensor) -> Tensor:
@@ -132,11 +137,14 @@ def memory(rows: int = 512, vocabulary: int = 8192, channels: int = 64) -> dict[
         random(rows, channels).requires_grad_(), random(vocabulary, channels).requires_grad_()
     )
     teacher = Projection(random(rows, channels), random(vocabulary, channels))
+    given = [side.hidden for side in (student, teacher)]
+    given += [side.weight for side in (student, teacher)]
     found = {}
     for retention in (1.0, *RETENTIONS):
         chosen = torch.arange(rows) < round(retention * rows)
         for name, loss in (("plain", plain_loss), ("streamed", streamed_loss)):
-            kept = kept_bytes(lambda loss=loss, chosen=chosen: loss(student, teacher, chosen))
+            asked = partial(loss, student, teacher, chosen)
+            kept = kept_bytes(asked, given)
             found[f"{name} {retention:.0%}"] = kept / (rows * vocabulary * 4)
     return found
 
