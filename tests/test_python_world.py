@@ -39,8 +39,8 @@ def test_a_teacher_knows_more_of_what_is_hidden_than_the_student(name: str) -> N
     session = build(load_config(name))
     pair = text_pair(session)
     data = open_texts(DataSettings(path=str(bundled("data", "python-held-out.jsonl"))))
-    examples = fitting([data[i] for i in range(60)], [pair.student, pair.teacher])
-    chats = [example for example in examples if example.messages is not None][:16]
+    chats = [data[i] for i in range(len(data)) if data[i].messages is not None][:40]
+    chats = fitting(chats, [pair.student, pair.teacher])[:16]
     student, teacher = (
         hidden_likelihood(pair, session.roles[reader], chats, Draws(0), reader=reader)
         for reader in ("student", "teacher")
