@@ -13,9 +13,11 @@ import torch
 
 from diffdistill import catalog
 from diffdistill.draws import Draws
+from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.roles import Roles, RoleSettings, build_roles
-from diffdistill.types import Progress
+from diffdistill.types import Example, Progress
+from tests.answer_run import Length, make_questions, save_answer_world
 from tests.conftest import CPU, make_batch, make_roles, make_toy
 from tests.text_run import make_pair, save_world, text_batch
 from tests.tiny_streams import CLIP, Warmth, make_family, stream_batch
@@ -24,6 +26,7 @@ FOLDER = Path(__file__).parent / "trajectories"
 STEPS = 20
 SHORT = 6
 LORA = {"adapter": "lora", "rank": 2, "alpha": 4.0}
+LIVE = {"weights": "live"}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "d-opsd": (
         {"student": LORA, "teacher": {"weights": "ema", "decay": 0.9}},
@@ -67,6 +70,38 @@ TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "uld": ({"student": LORA, "teacher": {"weights": "frozen"}}, {"pairs": "chunk"}),
 }
 """Of methods for texts: on tiny language models."""
+OTHER = {"weights": "frozen", "path": "other"}
+REWARDED: dict[str, Any] = {"num_answers": 2, "reward": Length(device=CPU)}
+ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "atesd": (
+        {"student": LORA, "teacher": {"weights": "frozen"}},
+        {"hold": 2, "top_k": 0, "top_p": 1.0},
+    ),
+    "egx": (
+        {"student": LORA, "teacher": {"weights": "frozen"}, "reference": OTHER},
+        {"reward_weight": 0.5, "hold": 2, "contract_probability": 0.1, **REWARDED},
+    ),
+    "exopd": ({"student": LORA, "teacher": OTHER, "reference": {"weights": "frozen"}}, {}),
+    "grpo": (
+        {"student": LORA, "reference": {"weights": "frozen"}},
+        {"reference_weight": 0.1, **REWARDED},
+    ),
+    "opd": ({"student": LORA, "teacher": OTHER}, {"select": "soft-or", "temperature": 0.8}),
+    "opsd": (
+        {"student": LORA, "teacher": {"weights": "ema", "decay": 0.9}},
+        {"entry_clip": 0.05, "top_k": 0, "top_p": 1.0},
+    ),
+    "rlsd": ({"student": LORA, "teacher": LIVE, "reference": LIVE}, REWARDED),
+    "sdar": (
+        {"student": LORA, "teacher": LIVE, "reference": LIVE},
+        {"weight": 1.0, "gate_scale": "centered", **REWARDED},
+    ),
+    "sdpo": (
+        {"student": LORA, "teacher": {"weights": "ema", "decay": 0.9}},
+        {"right": 1.0, "support_size": 10, **REWARDED},
+    ),
+}
+"""Of methods for answers: on tiny autoregressive models, in fewer steps."""
 
 
 def text_roles(folder: Path, settings: dict[str, Any]) -> tuple[TextPair, Roles]:
@@ -76,27 +111,57 @@ def text_roles(folder: Path, settings: dict[str, Any]) -> tuple[TextPair, Roles]
     return pair, build_roles(parsed, pair.student, others=others, seed=7)
 
 
+def answer_roles(folder: Path, settings: dict[str, Any]) -> tuple[Questions, Roles]:
+    world = save_answer_world(folder)
+    family = make_questions(world)
+    parsed = {name: RoleSettings(**given) for name, given in settings.items()}
+    for role in parsed.values():
+        if role.path is not None:
+            role.path = str(world / role.path)
+    return family, build_roles(parsed, family.student, seed=7)
+
+
+def question_batch(family: Questions, first_id: int) -> dict[str, Any]:
+    numbers = range(first_id, first_id + 3)
+    examples = [
+        Example(
+            "",
+            messages=({"role": "user", "content": f"what is {n}+{n}?"},),
+            solution=f"{n}+{n}\nis\n\\boxed{{{2 * n}}}",
+            answer=str(2 * n),
+        )
+        for n in numbers
+    ]
+    return family.collate(examples, list(numbers))
+
+
 def run(name: str, folder: Path) -> dict[str, list[float]]:
     """Return the losses of each role, in the order they came."""
-    settings, options = (RUNS | STREAMS | TEXTS)[name]
+    settings, options = (RUNS | STREAMS | TEXTS | ANSWERS)[name]
     streams = name in STREAMS
     family: Any
     if name in TEXTS:
         family, roles = text_roles(folder, settings)
+    elif name in ANSWERS:
+        family, roles = answer_roles(folder, settings)
+        options = {"max_tokens": 6} | options
     else:
         family = make_family(folder / "wan") if streams else make_toy(shift=2.0)
         roles = make_roles(family, **settings)
     players = {role: roles[role] for role in settings}
     method = catalog.load("method", name)(family=family, draws=Draws(0), **players, **options)
+    lr = 0.002 if name in TEXTS or name in ANSWERS else 0.02  # more, and rounding errors grow
     optimizers = {
-        role.name: torch.optim.SGD(role.parameters().values(), lr=0.02) for role in roles.trained()
+        role.name: torch.optim.SGD(role.parameters().values(), lr=lr) for role in roles.trained()
     }
     losses: dict[str, list[float]] = {role: [] for role in optimizers}
-    steps = SHORT if streams else STEPS
+    steps = SHORT if streams or name in ANSWERS else STEPS
     for step in range(steps):
         trained = set()
         if name in TEXTS:
             batch = text_batch(family, 3, first_id=3 * step)
+        elif name in ANSWERS:
+            batch = question_batch(family, 3 * step)
         elif streams:
             batch = stream_batch(1, first_id=step)
         else:
@@ -122,5 +187,7 @@ def test_the_losses_are_those_that_were_recorded(name: str, tmp_path: Path) -> N
     recorded = json.loads(file.read_text())
     assert list(found) == list(recorded)
     for role, values in recorded.items():
-        assert len(set(values)) > (SHORT if name in STREAMS else STEPS) / 3
-        assert found[role] == pytest.approx(values, rel=1e-5 if name in RUNS else 1e-4)
+        short = name in STREAMS or name in ANSWERS
+        assert len(set(values)) > (SHORT if short else STEPS) / 3
+        tolerance = 1e-5 if name in RUNS else 1e-4
+        assert found[role] == pytest.approx(values, rel=tolerance, abs=1e-6)
