@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,14 @@ def float32_attention(
     return found.to(query.dtype), weights
 
 
-AttentionInterface.register("sdpa", float32_attention)
+@contextmanager
+def attention_in_float32() -> Iterator[None]:
+    """Let every network's sdpa be ``float32_attention`` within the block."""
+    AttentionInterface.register("sdpa", float32_attention)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
 class Optimizers:
@@ -321,6 +329,7 @@ def give_back() -> None:
         trim(0)
 
 
+@attention_in_float32()
 def train(name: str, network: Any, recipe: Recipe, steps: int, losses: Iterator[Tensor]) -> None:
     """Descends one loss after the other; matrices but those of attention are in bfloat16."""
     optimizers, balance = Optimizers(network.train(), recipe, steps), Balance(network)
