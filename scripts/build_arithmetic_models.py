@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build_text_models import BLOCK, CPU, Optimizers, Rows, rows_of, save
+from build_text_models import BLOCK, CPU, Optimizers, Rows, attention_in_float32, rows_of, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -266,6 +266,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
+@attention_in_float32()
 def train(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, int, float]:
     """Trains until the goal; returns averaged weights, steps taken and the last accuracy.
 
