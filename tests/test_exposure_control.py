@@ -8,14 +8,12 @@ import pytest
 import torch
 from scipy import stats
 
+from diffdistill.beta_policy import BetaPolicy, Start, beta_sample
 from diffdistill.draws import Draws
 from diffdistill.exposure_control import (
-    BetaPolicy,
     ExposureController,
     Running,
-    Start,
     advantages,
-    beta_sample,
     grounding_reward,
     progress_reward,
     random_exposure,

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffdistill.beta_policy import Start
 from diffdistill.divergences import masked_mean
-from diffdistill.exposure_control import ExposureController, Start, random_exposure
+from diffdistill.exposure_control import ExposureController, random_exposure
 from diffdistill.projection import Prediction, token_logprob
 from diffdistill.rollouts import Answers, Solutions
 from diffdistill.supports import top_logprobs
