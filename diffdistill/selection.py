@@ -70,9 +70,7 @@ def bounds(
 def normalized(values: Tensor, bounds: Bounds) -> Tensor:
     """Return ``values`` ``[B, A]`` stretched to [0, 1] and clipped there; 0 where all are alike."""
     span = bounds.high - bounds.low
-    varied = span > 0
-    stretched = (values - bounds.low) / torch.where(varied, span, 1.0)
-    return torch.where(varied, stretched.clamp(0.0, 1.0), 0.0)
+    return ((values - bounds.low) / torch.where(span > 0, span, 1.0)).clamp(0.0, 1.0)
 
 
 @torch.no_grad()
