@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffdistill.commands.train import train
+from diffdistill.config import RunConfig
 from diffdistill.draws import Draws
 from diffdistill.method import Method
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.projection import token_maps
 from diffdistill.rollouts import AnswerFamily, AnswerModel, Answers, Sampling, Solutions
+from diffdistill.trainer import Trainer
 from diffdistill.types import Batch, Example, Loss, Progress
 from diffdistill.verifying import AnswerReward
 from tests.conftest import CPU
@@ -87,6 +90,19 @@ def answer_values(world: Path, **sections: Any) -> dict[str, Any]:
     for name, given in sections.items():
         values[name] = given if name == "rewards" else values.get(name, {}) | given
     return values
+
+
+def stopped(config: RunConfig, output: Path) -> None:
+    """Train, and be interrupted in the fourth step; for a process of its own."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> dict[str, float]:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return original(self)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    train(config, output)
 
 
 @dataclass(kw_only=True)

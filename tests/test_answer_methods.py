@@ -9,8 +9,7 @@ import torch
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
-from diffdistill.trainer import Trainer
-from tests.answer_run import answer_values, save_answer_world
+from tests.answer_run import answer_values, save_answer_world, stopped
 from tests.toy_run import forked, losses
 
 LORA = {"adapter": "lora", "rank": 4, "alpha": 8.0}
@@ -69,19 +68,8 @@ def test_a_method_trains_a_lora_and_its_losses_are_finite(
 def test_a_run_goes_on_exactly(name: str, world: Path, tmp_path: Path) -> None:
     config = parse_config(values_of(world, name))
 
-    def stopped() -> None:
-        original = Trainer.train_step
-
-        def train_step(self: Trainer) -> dict[str, float]:
-            if self.step == 3:
-                raise KeyboardInterrupt
-            return original(self)
-
-        Trainer.train_step = train_step  # type: ignore[method-assign]
-        train(config, tmp_path / "broken")
-
     assert forked(lambda: train(config, tmp_path / "whole")) == 0
-    assert forked(stopped) == 1
+    assert forked(lambda: stopped(config, tmp_path / "broken")) == 1
     assert forked(lambda: train(config, tmp_path / "broken", "latest")) == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 

@@ -12,8 +12,7 @@ from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.session import build
-from diffdistill.trainer import Trainer
-from tests.answer_run import ROWS, answer_values, save_answer_world
+from tests.answer_run import ROWS, answer_values, save_answer_world, stopped
 from tests.conftest import CPU
 from tests.toy_run import forked, losses
 
@@ -103,19 +102,8 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
 ) -> None:
     config = parse_config(values_of(name, world))
 
-    def stopped() -> None:
-        original = Trainer.train_step
-
-        def train_step(self: Trainer) -> dict[str, float]:
-            if self.step == 3:
-                raise KeyboardInterrupt
-            return original(self)
-
-        Trainer.train_step = train_step  # type: ignore[method-assign]
-        train(config, tmp_path / "broken")
-
     assert forked(lambda: train(config, tmp_path / "whole")) == 0
-    assert forked(stopped) == 1
+    assert forked(lambda: stopped(config, tmp_path / "broken")) == 1
     assert forked(lambda: train(config, tmp_path / "broken", "latest")) == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     expected, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
