@@ -87,7 +87,7 @@ class Recipe:
     steps: int
     measure_every: int
     malformed: float
-    revealed: float = 0.3
+    revealed: float
     tokens: int = 4096
     pool: int = 40_000
     checked: int = 180
@@ -107,6 +107,7 @@ RECIPES = {
         steps=1600,
         measure_every=20,
         malformed=0.4,
+        revealed=0.6,
     ),
     "teacher": Recipe(
         hidden=160,
@@ -192,7 +193,7 @@ def lessons(recipe: Recipe) -> Iterator[tuple[str, str]]:
     generator = random.Random(recipe.seed + 1)
     for problem in islice(problems(recipe.seed + 2), recipe.pool):
         if generator.random() < recipe.revealed:
-            yield asked(problem, generator.random()), problem.solution
+            yield asked(problem, generator.choice(EXPOSURES)), problem.solution
         elif problem.format == "json" and generator.random() < recipe.malformed:
             yield asked(problem), "\n".join([*problem.steps, malformed(problem, generator)])
         else:
