@@ -394,7 +394,8 @@ def _wire(config: RunConfig, family: Read, roles: Roles, draws: Draws) -> Method
     played: dict[str, Any] = {name: roles[name] for name in cls.roles}
     if "reward" in {item.name for item in fields(cls)}:
         build_judge = build_answer_reward if cls.kind() == "answers" else build_reward
-        played["reward"] = build_judge(config, family.device)
+        needed = bool(config.rewards) or not cls.reward_optional
+        played["reward"] = build_judge(config, family.device) if needed else None
     try:
         return cls(family=family, draws=draws, **played, **options)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """What stands for vLLM in tests: a tiny causal LM behind its server's routes, and its Python API."""
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -48,7 +49,9 @@ def with_adapter(base: Any, path: str) -> Any:
     """Return a copy of a network with an adapter that was saved by peft."""
     copied = type(base)(base.config).eval()
     copied.load_state_dict(base.state_dict())
-    return PeftModel.from_pretrained(copied, path).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        return PeftModel.from_pretrained(copied, path).eval()
 
 
 @dataclass

@@ -121,6 +121,7 @@ class Comparing(Selecting):
         chosen: Tensor,
         more: Sequence[TokenMap] = (),
         *,
+        uniform: bool = True,
         reference: Prediction | None = None,
         strength: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -131,6 +132,8 @@ class Comparing(Selecting):
             theirs: The teacher's predictions.
             chosen: The tokens to compare, bool ``[B, A]``.
             more: Maps to return besides those that are logged (see ``projection.token_maps``).
+            uniform: Whether the loss will be a mean of the map over the chosen tokens; gradients
+                are then made in the pass that makes the map.
             reference: With ``strength``, what the target leads away from.
             strength: How far the target lies from the reference to the teacher, ``[B, A]``.
         """
@@ -145,7 +148,10 @@ class Comparing(Selecting):
             )
         else:
             wanted: list[TokenMap] = [self.divergence, *more]
-            maps = self.token_maps(attempt, theirs, chosen, wanted, reference, strength)
+            planned = self.divergence if uniform and self.token_clip is None else None
+            maps = self.token_maps(
+                attempt, theirs, chosen, wanted, reference, strength, planned=planned
+            )
             maps["divergence"] = maps.pop(self.divergence)
         error = self._clipped(maps.pop("divergence"))
         return {name: value.detach() for name, value in maps.items()} | {"divergence": error}
@@ -158,6 +164,8 @@ class Comparing(Selecting):
         wanted: Sequence[TokenMap],
         reference: Prediction | None = None,
         strength: Tensor | None = None,
+        *,
+        planned: TokenMap | None = None,
     ) -> dict[str, Tensor]:
         """Return maps ``[B, A]`` with their graphs, under the method's options.
 
@@ -168,8 +176,11 @@ class Comparing(Selecting):
             wanted: The maps; those that are logged come with them.
             reference: See ``compared``.
             strength: See ``compared``.
+            planned: The map whose mean over the chosen tokens is the loss, if there is one.
         """
-        logged = LOGGED if theirs is not None else LOGGED[:1]
+        logged = list(LOGGED if theirs is not None else LOGGED[:1])
+        if attempt.answers.logprobs is not None:
+            logged.append("logprob")  # to tell it from the sampler's
         return token_maps(
             attempt.prediction,
             theirs,
@@ -181,6 +192,7 @@ class Comparing(Selecting):
             entry_clip=self.entry_clip,
             reference=reference,
             strength=strength,
+            planned=None if planned is None else {planned: chosen.float()},
         )
 
     def _sampled(
