@@ -37,8 +37,9 @@ class Comparing(Selecting):
         baseline: Of ``sampled``: subtract the reward that the student expects at each token, which
             is minus the reverse KL (ours; the same expectation, less noise). A server's teacher
             has none.
-        importance_clip: Of ``sampled``: weigh each token by the ratio of student to sampler, but by
-            no more than this (5 in G-OPD's code); null does not weigh.
+        importance_clip: Of ``sampled``, and of the sampled part of ``hybrid``: weigh each token by
+            the ratio of student to sampler, but by no more than this (5 in G-OPD's code); null
+            does not weigh.
         beta: Of ``jsd``: 0.5 is symmetric; at 0 and at 1 it is 0, and not a KL.
         discount: Of ``sampled``: add to each token's reward those of later ones, times this to the
             power of their distance (0 in Thinking Machines; 0.99 in beta-OPSD).
@@ -95,10 +96,13 @@ class Comparing(Selecting):
                     "divergence sampled is a reward of one token: leave support full and "
                     "token_clip null"
                 )
-        elif self.discount or self.informed or self.importance_clip is not None:
+        elif self.discount or self.informed:
             raise ValueError(
-                "discount, informed and importance_clip are for divergence: sampled, not "
-                f"{self.divergence}"
+                f"discount and informed are for divergence: sampled, not {self.divergence}"
+            )
+        elif self.importance_clip is not None and not self.hybrid:
+            raise ValueError(
+                "importance_clip is of sampled tokens: for divergence sampled, or correction hybrid"
             )
         uncorrected = self.support != "full" and self.correction == "none"
         if uncorrected and self.divergence == "reverse-kl" and not self.allow_biased:
@@ -106,6 +110,11 @@ class Comparing(Selecting):
                 "correction none with reverse-kl drives the student's mass out of the support: "
                 "take another correction, or set allow_biased: true"
             )
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether the divergence is of a support, with a part of the sampled token's."""
+        return self.support != "full" and self.correction == "hybrid"
 
     def distilled(self, attempt: Attempt, progress: Progress) -> Loss:
         """Return the mean divergence from the teacher over the chosen tokens of the step."""
@@ -248,6 +257,8 @@ class Comparing(Selecting):
             temperature=self.temperature,
             beta=self.beta,
             allow_biased=self.allow_biased,
+            sampler=attempt.answers.logprobs,
+            importance_clip=self.importance_clip,
         )
 
     def _clipped(self, error: Tensor) -> Tensor:
