@@ -1,13 +1,14 @@
-"""Speed and memory of token divergences, as ratios within one run.
+"""Speed and memory of token divergences and of a step of ``opd``, as ratios within one run.
 
     python scripts/bench/text.py           # V = 151,936, H = 1,024, 2,048 tokens
     python scripts/bench/text.py --full    # the same on a GPU, in bfloat16
     python scripts/bench/text.py --quick   # a small vocabulary and few tokens, to see that it runs
+    python scripts/bench/text.py --only step   # one part: divergences, selection, or step
 
 Each task is forward and backward: a divergence is trained, and its map, both entropies and the
 log-probability of the tokens are returned. Weights are random. Writes samples/bench/text.json,
-with what it ran on (text-full.json or text-quick.json). The naive JSD takes 16 GB; fewer --tokens
-take less.
+with what it ran on (text-full.json or text-quick.json); with --only the other parts stay as they
+are there. The naive JSD takes 16 GB; fewer --tokens take less.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import opd_step
 import torch
 from dllm import Allocated
 from random_text import VOCABULARY
@@ -31,6 +34,7 @@ from diffdistill.projection import Projection, TokenMap, token_maps
 ROOT = Path(__file__).parents[2]
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 KINDS: tuple[Divergence, ...] = ("forward-kl", "reverse-kl", "jsd")
+PARTS = ("divergences", "selection", "step")
 
 
 @dataclass
@@ -136,10 +140,10 @@ def peak(task: Callable[[], object], case: Case) -> int:
     return allocated.peak - gradients
 
 
-def against_others(case: Case, rounds: int) -> dict[str, Any]:
+def against_others(kinds: Sequence[Divergence], case: Case, rounds: int) -> dict[str, Any]:
     """Return time and memory of each divergence over those of the naive path and of TRL."""
     found: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds:
         others = {"naive": partial(case.naive, kind), "trl": partial(case.trl, kind)}
         peaks = {name: peak(task, case) for name, task in others.items()}
         found[kind] = {"peak_bytes": dict(peaks)}
@@ -175,30 +179,41 @@ def selection(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+def measured(part: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return one part's results, with the size of what was measured."""
+    if part == "step":
+        size = opd_step.QUICK if given.quick else opd_step.FULL if given.full else opd_step.HERE
+        with TemporaryDirectory() as folder:
+            return opd_step.step_overhead(Path(folder), size, given.rounds)
+    shape = (256, 4096, 64) if given.quick else (given.tokens, VOCABULARY, 1024)
+    device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
+    case = Case.random(*shape, device=device, dtype=dtype)
+    sizes = dict(zip(("tokens", "vocabulary", "width"), shape, strict=True))
+    kinds = {"divergences": partial(against_others, given.kinds), "selection": selection}
+    return sizes | kinds[part](case, given.rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--full", action="store_true", help="on a GPU, in bfloat16")
     parser.add_argument("--tokens", type=int, default=2048, help="rows")
+    parser.add_argument("--only", choices=PARTS, help="one part; all of them without")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="divergences")
     parser.add_argument("--rounds", type=int, default=3, help="times each side is run")
     parser.add_argument("--output", type=Path, help="the JSON file")
     given = parser.parse_args(arguments)
     if given.full and not torch.cuda.is_available():
         raise SystemExit("--full needs an accelerator; not run")
-    size = (256, 4096, 64) if given.quick else (given.tokens, VOCABULARY, 1024)
-    device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
-    case = Case.random(*size, device=device, dtype=dtype)
-    results = {
-        **dict(zip(("tokens", "vocabulary", "width"), size, strict=True)),
-        "divergences": against_others(case, given.rounds),
-        "selection": selection(case, given.rounds),
-    }
+    default = "text-quick.json" if given.quick else "text-full.json" if given.full else "text.json"
+    path = given.output or ROOT / "samples" / "bench" / default
+    results = json.loads(path.read_text()) if given.only and path.is_file() else {}
+    for part in [given.only] if given.only else PARTS:
+        results[part] = measured(part, given)
     name = torch.cuda.get_device_name() if given.full else "CPU"
     results["ran_on"] = f"{name}, {platform.machine()}, torch {torch.__version__}"
     results["threads"] = torch.get_num_threads()
-    default = "text-quick.json" if given.quick else "text-full.json" if given.full else "text.json"
-    path = given.output or ROOT / "samples" / "bench" / default
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
