@@ -14,9 +14,7 @@ Scale = Literal["group", "batch", "none"]
 Ratio = Literal["token", "sequence"]
 Mean = Literal["grpo", "dr-grpo", "dapo"]
 Reweighting = Literal["rlsd", "rlrt"]
-Importance = Literal[
-    "ratio", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"
-]
+Importance = Literal["ratio", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 
 
 @torch.no_grad()

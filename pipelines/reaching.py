@@ -92,7 +92,9 @@ def model_at(server: JsonServer, name: str | None) -> str:
     models = served_models(server)
     if name not in models and (name is not None or len(models) != 1):
         named = "model is not set" if name is None else f"there is no model {name}"
-        raise UserError(f"the server {server.url}: {named}; it serves {', '.join(models) or 'none'}")
+        raise UserError(
+            f"the server {server.url}: {named}; it serves {', '.join(models) or 'none'}"
+        )
     return models[0] if name is None else name
 
 

@@ -165,9 +165,7 @@ class _Running:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.llm.reset_prefix_cache()
 
-    def written(
-        self, prompts: list[list[int]], sampling: list[Mapping[str, Any]]
-    ) -> list[Written]:
+    def written(self, prompts: list[list[int]], sampling: list[Mapping[str, Any]]) -> list[Written]:
         """Return what it writes to each prompt."""
         found = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],

@@ -1,6 +1,7 @@
 """The engine ``vllm-server``: vLLM in another process, asked over HTTP."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -178,10 +179,8 @@ class VllmServer(Reaching, Engine):
             self._forget(before)
 
     def _forget(self, name: str) -> None:
-        try:
+        with suppress(Refused):  # the server may have been started anew since
             self._server.tell("/unload_lora_adapter", {"lora_name": name})
-        except Refused:
-            pass  # the server was started anew since
 
     # log-probabilities
 

@@ -84,7 +84,7 @@ def answered(
 
 
 def logprobs_of(student: Role, family: CausalLM, answers: Answers, sampling: Sampling) -> Tensor:
-    """Return the log-probability of each token as the student itself would sample it, ``[B, A]``."""
+    """Return how likely the student itself is to sample each token, ``[B, A]``."""
     state = State(answers.tokens, torch.zeros(len(answers.tokens)), answers.mask)
     with torch.no_grad():
         logits = dense(student(state, prompt_condition(PROMPTS, family))) / sampling.temperature
@@ -316,7 +316,9 @@ def test_what_is_wrong_with_a_server_is_said_in_one_line_with_what_to_do(
     wrong, adapter, message = FAULTS[name]
     for key, value in wrong.items():
         setattr(server, key, value)
-    engine = VllmServer(url=server.url, backoff=0.01, retries=1, timeout=0.2 if "delay" in wrong else 9)
+    engine = VllmServer(
+        url=server.url, backoff=0.01, retries=1, timeout=0.2 if "delay" in wrong else 9
+    )
     with pytest.raises(UserError, match=message) as caught:
         answered(engine, family, student_of(family, adapter), SHARP)
     assert "\n" not in str(caught.value)
@@ -375,6 +377,29 @@ def test_a_run_with_a_server_gives_it_the_weights_of_each_step(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     gaps = [json.loads(line)["sampler_gap/student"] for line in lines]
     assert max(gaps) < 1e-4
+
+
+def test_an_engine_is_asked_the_same_whatever_exposure_gate_and_extrapolation_are(
+    world: Path, tmp_path: Path, server: WritingServer
+) -> None:
+    told = []
+    for number, options in enumerate(
+        (
+            {"exposure": 0.0, "strength": 1.0, "gate_beta": 0.0},
+            {"exposure": 1.0, "strength": 1.7, "gate_beta": 9.0, "gate_scale": "centered"},
+        )
+    ):
+        server.requests.clear()
+        values = answer_values(
+            world,
+            engine={"name": "vllm-server", "url": server.url, "concurrency": 1},
+            method={"name": "egx", "max_tokens": 4, "exposure_policy": "fixed", **options},
+            train={"steps": 1},
+        )
+        train(parse_config(values), tmp_path / str(number))
+        told.append([(body["prompt"], body["seed"]) for body in server.asked if "seed" in body])
+    assert len(told[0]) == 2
+    assert told[0] == told[1]
 
 
 def test_an_engine_may_be_named_alone() -> None:

@@ -349,7 +349,9 @@ def test_weights_of_what_another_model_sampled_are_ratios_up_to_a_bound() -> Non
     logprob = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 9.0]])
     sampler = torch.tensor([[-2.0, -2.5, -2.0], [-1.5, -1.2, 0.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    ratio = torch.tensor([[math.e, math.exp(0.5), math.exp(-1.0)], [math.exp(0.5), math.exp(0.2), 1.0]])
+    ratio = torch.tensor(
+        [[math.e, math.exp(0.5), math.exp(-1.0)], [math.exp(0.5), math.exp(0.2), 1.0]]
+    )
     whole = torch.tensor([[math.exp(0.5)] * 3, [math.exp(0.7)] * 3])
     expected: dict[Importance, Tensor] = {
         "token-truncate": ratio.clamp(max=2.0),

@@ -1,4 +1,4 @@
-"""What stands for vLLM in tests: a tiny causal LM behind its server's routes, and its Python API."""
+"""What stands for vLLM in tests: a tiny causal LM behind its routes, and its Python names."""
 
 import threading
 import warnings

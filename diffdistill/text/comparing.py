@@ -157,9 +157,15 @@ class Comparing(Selecting):
             )
         else:
             wanted: list[TokenMap] = [self.divergence, *more]
-            planned = self.divergence if uniform and self.token_clip is None else None
             maps = self.token_maps(
-                attempt, theirs, chosen, wanted, reference, strength, planned=planned
+                attempt,
+                theirs,
+                chosen,
+                wanted,
+                reference,
+                strength,
+                trained=self.divergence,
+                uniform=uniform and self.token_clip is None,
             )
             maps["divergence"] = maps.pop(self.divergence)
         error = self._clipped(maps.pop("divergence"))
@@ -174,7 +180,8 @@ class Comparing(Selecting):
         reference: Prediction | None = None,
         strength: Tensor | None = None,
         *,
-        planned: TokenMap | None = None,
+        trained: TokenMap | None = None,
+        uniform: bool = False,
     ) -> dict[str, Tensor]:
         """Return maps ``[B, A]`` with their graphs, under the method's options.
 
@@ -185,7 +192,8 @@ class Comparing(Selecting):
             wanted: The maps; those that are logged come with them.
             reference: See ``compared``.
             strength: See ``compared``.
-            planned: The map whose mean over the chosen tokens is the loss, if there is one.
+            trained: The only map that will get gradients, if it is one.
+            uniform: Whether the loss is its mean over the chosen tokens.
         """
         logged = list(LOGGED if theirs is not None else LOGGED[:1])
         if attempt.answers.logprobs is not None:
@@ -201,7 +209,8 @@ class Comparing(Selecting):
             entry_clip=self.entry_clip,
             reference=reference,
             strength=strength,
-            planned=None if planned is None else {planned: chosen.float()},
+            planned={trained: chosen.float()} if trained is not None and uniform else None,
+            trained=trained,
         )
 
     def _sampled(
@@ -215,13 +224,15 @@ class Comparing(Selecting):
     ) -> dict[str, Tensor]:
         if isinstance(theirs, TopK):
             assert theirs.tokens is not None, "a server says how likely the sampled token is"
-            maps = self.token_maps(attempt, None, chosen, ["logprob"])
+            maps = self.token_maps(attempt, None, chosen, ["logprob"], trained="logprob")
             maps["teacher-logprob"] = theirs.tokens
         else:
             wanted: list[TokenMap] = ["logprob", "teacher-logprob", *more]
             if self.baseline:
                 wanted.append("reverse-kl")
-            maps = self.token_maps(attempt, theirs, chosen, wanted, reference, strength)
+            maps = self.token_maps(
+                attempt, theirs, chosen, wanted, reference, strength, trained="logprob"
+            )
         reward = self._reward(attempt, maps, chosen)
         return maps | {"divergence": policy_gradient_map(maps["logprob"], reward)}
 

@@ -127,9 +127,7 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
             maps = self.token_maps(attempt, theirs, chosen, wanted, **target)
             maps["divergence"] = maps["teacher-logprob"] - maps["logprob"]
         else:
-            maps = self.compared(
-                attempt, theirs, chosen, wanted, uniform=self._open, **target
-            )
+            maps = self.compared(attempt, theirs, chosen, wanted, uniform=self._open, **target)
         ours = maps["logprob"].detach()
         gate = self.gates(attempt, ours, maps[self._judge], maps)
         gate = self.scaled(gate, chosen, progress)

@@ -96,5 +96,6 @@ class SDAR(Gated, Held):
             tokens=attempt.answers.tokens,
             mask=attempt.answers.mask,
             temperature=self.temperature,
+            trained="logprob",
         )
         return maps, self.chosen(attempt, theirs, progress)
