@@ -105,7 +105,7 @@ def answers_of_rows(rows: Sequence[Written], family: CausalLM, sampling: Samplin
         end = next((i + 1 for i, token in enumerate(row.tokens) if token in ends), None)
         length = min(x for x in (stop, end, len(row.tokens), sampling.max_tokens) if x is not None)
         kept.append(Written(row.tokens[:length], row.logprobs[:length]))
-    width = max(1, max(len(row.tokens) for row in kept))
+    width = max(1, *(len(row.tokens) for row in kept))
     tokens = torch.full((len(kept), width), family.pad_id)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     logprobs = torch.zeros(tokens.shape)
