@@ -3,7 +3,7 @@
     python scripts/bench/text.py           # V = 151,936, H = 1,024, 2,048 tokens
     python scripts/bench/text.py --full    # the same on a GPU, in bfloat16
     python scripts/bench/text.py --quick   # a small vocabulary and few tokens, to see that it runs
-    python scripts/bench/text.py --only step   # one part: divergences, selection, or step
+    python scripts/bench/text.py --only step   # one part: divergences, frozen-head, selection, step
 
 Each task is forward and backward: a divergence is trained, and its map, both entropies and the
 log-probability of the tokens are returned. Weights are random. Writes samples/bench/text.json,
@@ -34,7 +34,7 @@ from diffdistill.projection import Projection, TokenMap, token_maps
 ROOT = Path(__file__).parents[2]
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 KINDS: tuple[Divergence, ...] = ("forward-kl", "reverse-kl", "jsd")
-PARTS = ("divergences", "selection", "step")
+PARTS = ("divergences", "frozen-head", "selection", "step")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Case:
     """Hidden states and heads of a student and of a teacher, on one device.
 
     Attributes:
-        student: Its hidden states and head have gradients.
+        student: Its hidden states have gradients, and so has its head unless it is frozen.
         teacher: Has none.
         tokens: The answer's.
     """
@@ -52,14 +52,24 @@ class Case:
     tokens: Tensor
 
     @classmethod
-    def random(cls, rows: int, words: int, width: int, device: str, dtype: torch.dtype) -> "Case":
+    def random(
+        cls,
+        rows: int,
+        words: int,
+        width: int,
+        device: str,
+        dtype: torch.dtype,
+        *,
+        frozen_head: bool = False,
+    ) -> "Case":
         """Return a case whose logits have a standard deviation of about 1."""
         torch.manual_seed(0)
         sides = []
         for trained in (True, False):
             hidden = torch.randn(rows, width, device=device, dtype=dtype)
             weight = torch.randn(words, width, device=device, dtype=dtype).div_(math.sqrt(width))
-            parts = (hidden.requires_grad_(trained), weight.requires_grad_(trained))
+            head = trained and not frozen_head
+            parts = (hidden.requires_grad_(trained), weight.requires_grad_(head))
             sides.append(Projection(*parts))
         return cls(sides[0], sides[1], torch.randint(words, (rows,), device=device))
 
@@ -73,7 +83,13 @@ class Case:
         wanted: tuple[TokenMap, ...] = (kind, "entropy", "teacher-entropy", "logprob")
         plan = {kind: torch.ones_like(self.tokens)} if planned else None
         maps = token_maps(
-            self.student, self.teacher, wanted, tokens=self.tokens, mask=mask, planned=plan
+            self.student,
+            self.teacher,
+            wanted,
+            tokens=self.tokens,
+            mask=mask,
+            planned=plan,
+            trained=kind,
         )
         self.train(maps[kind].mean())
 
@@ -126,7 +142,8 @@ def unit(score: Tensor) -> Tensor:
 
 def peak(task: Callable[[], object], case: Case) -> int:
     """Return the most bytes that a task allocates besides the gradients it returns."""
-    gradients = sum(x.numel() * x.element_size() for x in case.student[:2])
+    learned = [x for x in case.student[:2] if x.requires_grad]
+    gradients = sum(x.numel() * x.element_size() for x in learned)
     if case.tokens.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -187,10 +204,12 @@ def measured(part: str, given: argparse.Namespace) -> dict[str, Any]:
             return opd_step.step_overhead(Path(folder), size, given.rounds)
     shape = (256, 4096, 64) if given.quick else (given.tokens, VOCABULARY, 1024)
     device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
-    case = Case.random(*shape, device=device, dtype=dtype)
+    frozen = part == "frozen-head"  # as under a LoRA
+    case = Case.random(*shape, device=device, dtype=dtype, frozen_head=frozen)
     sizes = dict(zip(("tokens", "vocabulary", "width"), shape, strict=True))
-    kinds = {"divergences": partial(against_others, given.kinds), "selection": selection}
-    return sizes | kinds[part](case, given.rounds)
+    if part == "selection":
+        return sizes | selection(case, given.rounds)
+    return sizes | against_others(given.kinds, case, given.rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
