@@ -28,6 +28,7 @@ from diffdistill.session import build
 from diffdistill.types import State
 from tests.answer_run import answer_values, save_answer_world
 from tests.conftest import CPU, disturb
+from tests.test_distributed import two_ranks
 from tests.tiny_server import serving
 from tests.tiny_vllm import FakeLLM, WritingServer, fake_modules
 from tests.toy_run import losses
@@ -377,6 +378,42 @@ def test_a_run_with_a_server_gives_it_the_weights_of_each_step(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     gaps = [json.loads(line)["sampler_gap/student"] for line in lines]
     assert max(gaps) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_two_ranks_share_a_server_which_one_of_them_gives_the_weights(
+    adapter: str, world: Path, tmp_path: Path, server: WritingServer
+) -> None:
+    def values(size: int) -> dict[str, Any]:
+        return answer_values(
+            world,
+            engine={"name": "vllm-server", "url": server.url},
+            method={"name": "opd", "max_tokens": 6},
+            roles={
+                "student": LORA if adapter == "lora" else {},
+                "teacher": {"path": str(world / "other")},
+            },
+            data={"batch_size": size},
+            train={"steps": 2, "clip": 0.05},
+        )
+
+    train(parse_config(values(4)), tmp_path / "one")
+    alone, first = losses(tmp_path / "one"), len(server.loads)
+    printed = two_ranks("ddp", values(2), tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(alone, rel=1e-4)
+    assert first == len(server.loads) - first == 2
+
+
+@pytest.mark.slow
+def test_weights_that_are_spread_over_processes_are_refused(
+    world: Path, tmp_path: Path, server: WritingServer
+) -> None:
+    engine = {"name": "vllm-server", "url": server.url}
+    values = answer_values(world, engine=engine, method={"name": "opsd", "max_tokens": 3})
+    printed = two_ranks("fsdp2", values, tmp_path / "run")
+    assert "engine vllm-server needs the student's whole weights in each process" in printed
 
 
 def test_an_engine_is_asked_the_same_whatever_exposure_gate_and_extrapolation_are(
