@@ -66,16 +66,23 @@ REWARDS = {
     "video-reward": "diffdistill.rewards.video_reward:VideoReward",
 }
 
-TABLES = {"method": METHODS, "family": FAMILIES, "reward": REWARDS}
+ENGINES = {
+    "continuous": "diffdistill.pipelines.continuous:Continuous",
+    "transformers": "diffdistill.pipelines.engines:Generate",
+    "vllm": "diffdistill.pipelines.vllm_engine:Vllm",
+    "vllm-server": "diffdistill.pipelines.vllm_server:VllmServer",
+}
+
+TABLES = {"method": METHODS, "family": FAMILIES, "reward": REWARDS, "engine": ENGINES}
 
 
 def names(kind: str) -> dict[str, str]:
-    """Return name and address of every ``method``, ``family`` or ``reward``.
+    """Return name and address of every ``method``, ``family``, ``reward`` or ``engine``.
 
     Other packages add names through the entry points ``diffdistill.methods``,
-    ``diffdistill.families`` and ``diffdistill.rewards``.
+    ``diffdistill.families``, ``diffdistill.rewards`` and ``diffdistill.engines``.
     """
-    group = {"method": "methods", "family": "families", "reward": "rewards"}[kind]
+    group = "families" if kind == "family" else f"{kind}s"
     found = entry_points(group=f"diffdistill.{group}")
     return TABLES[kind] | {point.name: point.value for point in found}
 

@@ -102,7 +102,8 @@ class TrackingSettings:
 class RunConfig:
     """A complete, checked run.
 
-    ``family``, ``method`` and each of ``rewards`` hold a name and all options.
+    ``family``, ``method``, ``engine`` and each of ``rewards`` hold a name and all options; only
+    autoregressive models have an ``engine``.
     """
 
     family: dict[str, Any]
@@ -114,6 +115,7 @@ class RunConfig:
     tracking: TrackingSettings
     evaluate: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> SampleSettings:
@@ -215,8 +217,27 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
     evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
     rewards = _rewards(values.get("rewards"), origin)
+    engine = _engine(values.get("engine"), cls.kind(), origin)
     return RunConfig(
-        family=family, method=method, roles=roles, evaluate=evaluate, rewards=rewards, **sections
+        family=family,
+        method=method,
+        roles=roles,
+        evaluate=evaluate,
+        rewards=rewards,
+        engine=engine,
+        **sections,
+    )
+
+
+def _engine(given: Any, kind: Kind, origin: str) -> dict[str, Any]:
+    """Return name and all options of what writes the student's answers; a name, or a section."""
+    if kind != "answers":
+        if given:
+            raise UserError(f"{origin}: engine: only autoregressive language models have one")
+        return {}
+    given = given or "transformers"
+    return _named(
+        {"engine": {"name": given} if isinstance(given, str) else given}, "engine", origin
     )
 
 

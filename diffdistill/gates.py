@@ -50,16 +50,22 @@ def unit(gate: Tensor) -> Tensor:
     return 2.0 * gate
 
 
-def centered(gate: Tensor, mask: Tensor) -> Tensor:
+def centered(gate: Tensor, mask: Tensor, pool: Tensor | None = None) -> Tensor:
     """Return each gate minus the mean of all the other tokens' (ours); 0 for a token alone.
 
     As a baseline does for a reward, it takes from ``sdar_map`` the noise of what all gates have in
     common. The expectation stays what it was if a token does not change later gates; else what it
-    does to their mean is held against it. The mean is over all answers at hand.
+    does to their mean is held against it.
+
+    Args:
+        gate: The gate of each token.
+        mask: bool: the tokens.
+        pool: The gates ``[P]`` of all tokens of the optimizer step, these among them; None is
+            these alone.
     """
-    kept = torch.where(mask, gate, 0.0)
-    count = mask.sum()
-    return torch.where(mask, (count * gate - kept.sum()) / (count - 1).clamp(min=1), 0.0)
+    pool = gate[mask] if pool is None else pool
+    count = len(pool)
+    return torch.where(mask, (count * gate - pool.sum()) / max(count - 1, 1), 0.0)
 
 
 def sdar_map(student_logprob: Tensor, teacher_logprob: Tensor, gate: Tensor) -> Tensor:

@@ -25,12 +25,14 @@ class Method(ABC):
         streams: Whether the student streams, and the family must be able to.
         texts: Whether it is for language models, and ``family`` a ``texts.TextFamily``.
         answers: Whether these are autoregressive, and ``family`` a ``rollouts.AnswerFamily``.
+        reward_optional: Whether its ``reward`` may be None, where a config has no ``rewards``.
     """
 
     roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     streams: ClassVar[bool] = False
     texts: ClassVar[bool] = False
     answers: ClassVar[bool] = False
+    reward_optional: ClassVar[bool] = False
 
     @classmethod
     def kind(cls) -> Kind:
@@ -52,7 +54,10 @@ class Method(ABC):
         return {}
 
     def pools(self) -> bool:
-        """Return whether ``losses`` must know what ``survey`` returns of all micro-batches."""
+        """Return whether ``losses`` must know what ``survey`` returns of all micro-batches.
+
+        In a step of one micro-batch it is not told, and takes what is at hand.
+        """
         return False
 
     def survey(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:

@@ -14,11 +14,17 @@ Scale = Literal["group", "batch", "none"]
 Ratio = Literal["token", "sequence"]
 Mean = Literal["grpo", "dr-grpo", "dapo"]
 Reweighting = Literal["rlsd", "rlrt"]
+Importance = Literal["ratio", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 
 
 @torch.no_grad()
 def group_advantages(
-    rewards: Tensor, group_size: int, scale: Scale = "group", *, epsilon: float = 1e-4
+    rewards: Tensor,
+    group_size: int,
+    scale: Scale = "group",
+    *,
+    pool: Tensor | None = None,
+    epsilon: float = 1e-4,
 ) -> Tensor:
     """Return rewards ``[N]`` minus the mean of their group, in units of a deviation, ``[N]``.
 
@@ -28,9 +34,10 @@ def group_advantages(
     Args:
         rewards: One for each answer.
         group_size: Answers to a question.
-        scale: Divide by the standard deviation of the ``group`` (GRPO), of all rewards given
+        scale: Divide by the standard deviation of the ``group`` (GRPO), of all rewards
             (``batch``), or by nothing (Dr. GRPO, arXiv:2503.20783). With Bessel's correction; of a
             single reward it is 0.
+        pool: For ``batch``, all rewards ``[P]`` of the optimizer step; None is those given.
         epsilon: Added to the deviation.
     """
     groups = rewards.reshape(-1, group_size)
@@ -38,7 +45,7 @@ def group_advantages(
     advantages = groups - groups.mean(1, keepdim=True)
     if scale == "none":
         return advantages.flatten()
-    spread = groups if scale == "group" else rewards.reshape(1, -1)
+    spread = groups if scale == "group" else (rewards if pool is None else pool).reshape(1, -1)
     deviation = spread.std(1, keepdim=True) if spread.shape[1] > 1 else torch.zeros_like(spread)
     return (advantages / (deviation + epsilon)).flatten()
 
@@ -93,6 +100,32 @@ def cispo_map(
     """
     change = _ratio(logprob, old_logprob, mask, ratio).clamp(max=most).detach()
     return -change * _by_token(advantages) * logprob
+
+
+@torch.no_grad()
+def sampler_weights(
+    logprob: Tensor, sampler: Tensor, mask: Tensor, kind: Importance, most: float
+) -> Tensor:
+    """Return by how much tokens count that another model sampled than the student, ``[B, A]``.
+
+    An inference engine is another model, if only by its rounding. With r the student's probability
+    over the sampler's, of each token or of all tokens of its answer, it is ``min(r, most)``
+    (``truncate``), or r where that is at most ``most`` and 0 elsewhere (``mask``). TRL 1.16's
+    ``vllm_importance_sampling_mode``, without a lower bound.
+
+    Args:
+        logprob: The student's log-probability of each token.
+        sampler: The sampler's, with the temperature, top-p and top-k that it sampled with.
+        mask: bool: the tokens of the answers.
+        kind: Which; not ``ratio``.
+        most: The bound.
+    """
+    change = torch.where(mask, logprob - sampler, 0.0)
+    level, _, bound = kind.partition("-")
+    if level == "sequence":
+        change = change.sum(1, keepdim=True).expand_as(logprob)
+    ratio = change.exp()
+    return ratio.clamp(max=most) if bound == "truncate" else ratio * (ratio <= most)
 
 
 def k3_penalty(logprob: Tensor, reference_logprob: Tensor) -> Tensor:

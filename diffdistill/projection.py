@@ -124,6 +124,7 @@ def token_logprob(
         tokens=tokens,
         mask=mask,
         temperature=temperature,
+        trained="logprob",
         tile_rows=tile_rows,
     )
     return maps["logprob"]
@@ -155,6 +156,7 @@ def token_maps(
     share: Tensor | None = None,
     shared: int | None = None,
     planned: Mapping[TokenMap, Tensor] | None = None,
+    trained: TokenMap | None = None,
     tile_rows: int | None = None,
     triton: bool = True,
 ) -> dict[str, Tensor]:
@@ -197,6 +199,8 @@ def token_maps(
             loss is the mean of a map over it. The student's gradients are then made in the forward
             pass, of the same logits, which saves a third of the time; they are made again where it
             turns out otherwise.
+        trained: The only map that will get gradients, whatever they are. Where the student's head
+            has none, as under a LoRA, the student's are then made in the forward pass too.
         tile_rows: Rows projected at a time; None chooses by ``TILE_NUMBERS``.
         triton: Use Triton kernels on a GPU, where they have what is wanted (``triton_maps``). The
             environment variable DIFFDISTILL_TRITON=0 turns them off everywhere.
@@ -217,6 +221,8 @@ def token_maps(
         name: _rows(x.detach().expand(shape), mask) for name, x in columns.items() if x is not None
     }
     planned = planned or {}
+    if trained is not None and not planned and not _head_learns(student):
+        planned = {trained: torch.ones((), device=prediction_rows(student).device)}
     assert set(planned) <= set(wanted), "only wanted maps get gradients"
     expected = [_rows(planned[x].expand(shape), mask) if x in planned else None for x in wanted]
     side = side_of(student, mask, shared=shared)
@@ -229,6 +235,13 @@ def token_maps(
         tile_rows=tile_rows,
     )
     return {name: spread(x, mask, shape) for name, x in zip(maps.wanted, values, strict=True)}
+
+
+def _head_learns(prediction: Prediction) -> bool:
+    """Return whether an output head gets a gradient."""
+    if not isinstance(prediction, Projection):
+        return False
+    return any(x is not None and x.requires_grad for x in (prediction.weight, prediction.bias))
 
 
 def _fastest(maps: Maps, columns: Mapping[str, Tensor], side: Side) -> Maps:

@@ -162,9 +162,10 @@ def streamed(
         side: The side that is trained.
         others: The other sides; they are constants.
         columns: Numbers ``[N, ...]`` of each row, constants too.
-        planned: The gradients ``[N, ...]`` that the values will get, up to one common factor. The
-            side's gradients are then made in the forward pass, of the same logits; they are made
-            again where it turns out otherwise.
+        planned: The gradients ``[N, ...]`` that the values will get, up to one common factor; if it
+            is one value ``[N]``, and head and bias have no gradient, up to a factor of each row.
+            The side's gradients are then made in the forward pass, of the same logits; they are
+            made again where it turns out otherwise.
         tile_rows: Rows projected at a time; None chooses by ``TILE_NUMBERS``.
     """
     wish = planned if torch.is_grad_enabled() else None
@@ -229,7 +230,9 @@ class _Streamed(torch.autograd.Function):
         job, (rows, weight, bias, *values) = ctx.job, ctx.saved_tensors
         if ctx.sums is not None:
             sums, ctx.sums = ctx.sums, None
-            factor = _factor(job.planned, upstream)
+            factor: float | Tensor | None = _factor(job.planned, upstream)
+            if factor is None and not any(ctx.needs_input_grad[2:]):
+                factor = _row_factors(job.planned, upstream)
             if factor is not None:
                 return None, *sums.gradients(factor)
         sums = _Sums(job, (rows, weight, bias), ctx.needs_input_grad[1:])
@@ -343,8 +346,15 @@ class _Sums:
             if weight is not None:
                 _add_product(weight[: form.shared], slope, side.rows[tile].to(slope.dtype))
 
-    def gradients(self, factor: float = 1.0) -> tuple[Tensor | None, ...]:
-        """Return the sums times a factor, in the types of what they are gradients of."""
+    def gradients(self, factor: float | Tensor = 1.0) -> tuple[Tensor | None, ...]:
+        """Return the sums times a factor, in the types of what they are gradients of.
+
+        A tensor ``[N, 1]`` has a factor for each row, where there is no other sum than of rows.
+        """
+        if isinstance(factor, Tensor):
+            rows = self.totals[0]
+            assert rows is not None, "something has a gradient"
+            return rows.mul_(factor.to(rows.dtype)), None, None
         pairs = zip(self.totals, self.types, strict=True)
         scaled = ((x if x is None or factor == 1.0 else x.mul_(factor), kind) for x, kind in pairs)
         return tuple(None if total is None else total.to(kind) for total, kind in scaled)
@@ -381,6 +391,23 @@ def _factor(planned: Sequence[Tensor | None], upstream: Sequence[Tensor | None])
     place = expected.abs().argmax()
     factor = found[place] / expected[place]
     return factor.item() if torch.allclose(found, factor * expected, 1e-5, 0.0) else None
+
+
+def _row_factors(
+    planned: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
+) -> Tensor | None:
+    """Return what gradients are times the planned ones of one value, ``[N, 1]``, if they are so."""
+    places = [
+        index
+        for index, pair in enumerate(zip(planned, upstream, strict=True))
+        if any(x is not None for x in pair)
+    ]
+    expected, found = planned[places[0]], upstream[places[0]]
+    if len(places) > 1 or expected is None or found is None:
+        return None
+    if expected.ndim > 1 or not expected.all():
+        return None
+    return (found / expected)[:, None]
 
 
 def _at(values: Sequence[Tensor | None] | None, pick: Tensor | slice) -> list[Tensor | None]:

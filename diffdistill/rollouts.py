@@ -1,6 +1,6 @@
 """Answers of autoregressive models, and what a method may ask of a family of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -57,6 +57,12 @@ class Actor(Protocol):
     """A model that can write answers: a ``roles.Role``."""
 
     network: Any
+    adapter: str | None
+    settings: Any
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return the weights that are its own, by name."""
+        ...
 
     def acting(self, device: torch.device) -> AbstractContextManager[None]:
         """Let calls of the network within the block be this role's."""

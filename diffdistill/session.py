@@ -15,6 +15,7 @@ from diffdistill.errors import UserError
 from diffdistill.method import Kind, Method
 from diffdistill.panel import Deferred, Panel
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.engines import Engine
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.model_family import ModelFamily
@@ -241,12 +242,24 @@ def _check_served(config: RunConfig, role: RoleSettings, server: Server) -> None
         )
 
 
+def build_engine(config: RunConfig) -> Engine:
+    """Return what writes the student's answers; nothing is loaded or asked yet."""
+    options = {k: v for k, v in config.engine.items() if k != "name"}
+    try:
+        engine: Engine = catalog.load("engine", config.engine["name"])(**options)
+    except UserError as error:
+        raise UserError(f"engine {config.engine['name']}: {error}") from error
+    return engine
+
+
 def check_servers(session: Session) -> None:
     """Ask the servers of a session about a short text, as training will; others need no check.
 
     Raises:
         UserError: If one cannot do what it will be asked.
     """
+    if isinstance(session.family, Questions):
+        session.family.engine.check()
     for role in session.roles.by_name.values():
         if isinstance(role.family, Server):
             role.family.check()
@@ -269,7 +282,7 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
             max_answer=data.max_answer,
             skip=data.on_error == "skip",
         )
-        return Questions(family, others.get("teacher", family), asking)
+        return Questions(family, others.get("teacher", family), asking, build_engine(config))
     if isinstance(family, LanguageFamily):
         teacher = others.get("teacher", family)
         assert isinstance(teacher, LanguageFamily)
@@ -381,7 +394,8 @@ def _wire(config: RunConfig, family: Read, roles: Roles, draws: Draws) -> Method
     played: dict[str, Any] = {name: roles[name] for name in cls.roles}
     if "reward" in {item.name for item in fields(cls)}:
         build_judge = build_answer_reward if cls.kind() == "answers" else build_reward
-        played["reward"] = build_judge(config, family.device)
+        needed = bool(config.rewards) or not cls.reward_optional
+        played["reward"] = build_judge(config, family.device) if needed else None
     try:
         return cls(family=family, draws=draws, **played, **options)
     except ValueError as error:

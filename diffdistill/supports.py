@@ -98,6 +98,8 @@ def truncated_divergence(
     beta: float = 0.5,
     shared: int | None = None,
     allow_biased: bool = False,
+    sampler: Tensor | None = None,
+    importance_clip: float | None = None,
 ) -> dict[str, Tensor]:
     """Return the divergence on a support and what to watch, maps ``[...]`` in float32 at least.
 
@@ -135,6 +137,9 @@ def truncated_divergence(
         beta: Of the JSD; see ``projection.token_maps``.
         shared: How many first entries of the vocabularies are used; see there.
         allow_biased: Let the reverse KL be uncorrected.
+        sampler: Of ``hybrid``, if y is not the student's own: the log-probability ``[...]`` that it
+            was sampled with. Its part is then weighed with the ratio of student to sampler.
+        importance_clip: The largest such weight; None does not weigh.
 
     Raises:
         ValueError: If the settings do not go together.
@@ -173,9 +178,13 @@ def truncated_divergence(
         student=ours.logprobs.clamp_min(IMPOSSIBLE),
         teacher=theirs.logprobs.clamp_min(IMPOSSIBLE).to(ours.logprobs.dtype),
     )
+    weight = None
+    if extra is not None and sampler is not None and importance_clip is not None:
+        ratio = on.student[:, -1].detach() - rows.flat(sampler[..., None])[:, 0]
+        weight = ratio.exp().clamp_max(importance_clip)
     p, q = on.logprobs()
     maps = {
-        "divergence": on.corrected(divergence, correction, beta, extra),
+        "divergence": on.corrected(divergence, correction, beta, extra, weight),
         "student_mass": p.detach().exp().sum(-1),
         "teacher_mass": q.exp().sum(-1),
         "overlap": common.to(p.dtype).mean(-1),
@@ -329,8 +338,9 @@ class _Support(NamedTuple):
         correction: Correction,
         beta: float,
         extra: Tensor | None,
+        weight: Tensor | None,
     ) -> Tensor:
-        """Return the divergence ``[N]``."""
+        """Return the divergence ``[N]``; ``weight`` ``[N]`` is of the part of ``extra``."""
         ours, theirs = self.logprobs()
         if correction == "renorm":
             ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
@@ -340,14 +350,15 @@ class _Support(NamedTuple):
         if correction == "generalized" and divergence != "jsd":
             excess = (ours.exp() - theirs.exp()).sum(-1)
             found = found - excess if divergence == "reverse-kl" else found + excess
-        return found if extra is None else self._with_sample(found, extra)
+        return found if extra is None else self._with_sample(found, extra, weight)
 
-    def _with_sample(self, found: Tensor, extra: Tensor) -> Tensor:
+    def _with_sample(self, found: Tensor, extra: Tensor, weight: Tensor | None) -> Tensor:
         """Return the hybrid estimate of the reverse KL, of its sum on the support."""
         ours, theirs = self.logprobs()
         outside = ~((self.ids == extra) & self.kept).any(-1)
         sampled = self.student[:, -1]
         gap = torch.where(outside, sampled - self.teacher[:, -1], 0.0).detach()
+        gap = gap if weight is None else gap * weight
         surrogate = (ours.exp() * (ours - theirs).detach()).sum(-1) + gap * sampled
         return surrogate + (found + gap - surrogate).detach()
 

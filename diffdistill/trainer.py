@@ -111,12 +111,14 @@ class Trainer:
         """Return the micro-batches of a step, and what the method must know of all of them."""
         method, progress = self.session.method, Progress(self.step, self.settings.steps)
         counts = type(method).counts is not Method.counts
-        if not counts and not method.pools():
+        several = self.settings.accumulate * self.distributed.world > 1
+        pools = several and method.pools()  # one micro-batch is its own pool
+        if not counts and not pools:
             return self.batches, progress
         batches = [next(self.batches) for _ in range(self.settings.accumulate)]
         if counts:
             progress = progress._replace(counts=self._counted(batches))
-        if method.pools():
+        if pools:
             progress = progress._replace(pools=self._pooled(batches, progress))
         return iter(batches), progress
 

@@ -105,7 +105,7 @@ def sample_answers(
         watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
     """
     choosing = Choosing(sampling, numbers, prompt.shape[1], words, watch)
-    with _at_rest(network):
+    with at_rest(network):
         generating: Any = network
         rows = generating.generate(
             input_ids=prompt,
@@ -147,7 +147,7 @@ def positions_in(tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def _at_rest(network: nn.Module) -> Iterator[None]:
+def at_rest(network: nn.Module) -> Iterator[None]:
     """Turn dropout off within the block, and all that a checkpoint says about generation.
 
     A checkpoint's own temperature, top-k or repetition penalty would fill in what

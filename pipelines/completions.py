@@ -123,6 +123,30 @@ class Completions:
             found.tokens.append(self._checked(logprob))
         return found
 
+    def continued(
+        self, prompt: Sequence[int], asked: Mapping[str, Any]
+    ) -> tuple[list[int], list[float]]:
+        """Return the tokens that the server goes on with, and the log-probability of each.
+
+        Args:
+            prompt: At least one token.
+            asked: How they are sampled, in the words of the protocol ``openai``.
+
+        Raises:
+            UserError: If the server cannot, or gives something else.
+        """
+        as_ids = {"logprobs": 1, "return_tokens_as_token_ids": True}
+        try:
+            told = self._choice({**asked, **as_ids}, prompt)["logprobs"]
+            tokens = [self._id(name) for name in told["tokens"]]
+            logprobs = [self._checked(value) for value in told["token_logprobs"]]
+            pairs = list(zip(tokens, logprobs, strict=True))
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise self._otherwise(f"{type(error).__name__} in its answer") from None
+        return [token for token, _ in pairs], [value for _, value in pairs]
+
     # protocols
 
     def _vllm(self, tokens: Sequence[int], count: int) -> list[Judged]:

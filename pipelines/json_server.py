@@ -56,7 +56,7 @@ class JsonServer:
         Raises:
             UserError: If the server does not answer, or not in JSON.
         """
-        return self._tried(path, None)
+        return self._parsed(path, self._tried(path, None))
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return the answer to ``body``, sent to a path.
@@ -64,9 +64,25 @@ class JsonServer:
         Raises:
             UserError: If the server does not answer, or not in JSON.
         """
-        return self._tried(path, json.dumps(body).encode())
+        return self._parsed(path, self._tried(path, json.dumps(body).encode()))
 
-    def _tried(self, path: str, body: bytes | None) -> Any:
+    def tell(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send ``body`` to a path, whatever the answer says.
+
+        Raises:
+            UserError: If the server does not answer, or refuses.
+        """
+        self._tried(path, json.dumps(body).encode())
+
+    def _parsed(self, path: str, text: bytes) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise Refused(
+                f"the server {self.url}{path} did not answer in JSON: is its API at {self.url}?"
+            ) from None
+
+    def _tried(self, path: str, body: bytes | None) -> bytes:
         started = time.monotonic()
         last = _PassingError("")
         for attempt in range(self.retries + 1):
@@ -80,24 +96,19 @@ class JsonServer:
         took = f"{tries} in {time.monotonic() - started:.1f} s"
         raise UserError(f"the server {self.url}{path} {last} ({took}){last.advice}")
 
-    def _asked(self, path: str, body: bytes | None) -> Any:
+    def _asked(self, path: str, body: bytes | None) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         request = Request(self.url + path, data=body, headers=headers)
         try:
             with build_opener(_Staying).open(request, timeout=self.timeout) as answer:
-                text = answer.read()
+                text: bytes = answer.read()
         except HTTPError as error:
             raise self._failed(path, error) from None
         except (HTTPException, OSError) as error:
             raise self._unreached(error) from None
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise Refused(
-                f"the server {self.url}{path} did not answer in JSON: is its API at {self.url}?"
-            ) from None
+        return text
 
     def _failed(self, path: str, error: HTTPError) -> Exception:
         """Return what to raise of an answer that is an error."""

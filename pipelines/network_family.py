@@ -43,12 +43,16 @@ class NetworkFamily(TokenFamily):
         Raises:
             UserError: If there is none, or it is another kind of model, or has another tokenizer.
         """
-        folder = self._locate(path, None) if path else self.folder
+        folder = self.folder_of(path)
         if path is not None:
             self._check_tokenizer(folder)
         network = self._load(folder)
         self._check_network(network, folder)
         return loading.place(network, self.device, self.weights_dtype, self.quantize)
+
+    def folder_of(self, path: str | None) -> Path:
+        """Return the local folder of ``path``, or of this family's checkpoint."""
+        return self._locate(path, None) if path else self.folder
 
     def _check_network(self, network: Any, folder: Path) -> None:
         """Refuse a network that does not go with the family; most do.

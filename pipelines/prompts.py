@@ -71,3 +71,9 @@ def prompt_condition(prompts: Sequence[Sequence[int]], family: TokenFamily) -> C
         "prompt": torch.tensor(rows, dtype=torch.long, device=family.device),
         "pads": torch.tensor([total - len(prompt) for prompt in prompts], device=family.device),
     }
+
+
+def bare_prompts(condition: Condition) -> list[list[int]]:
+    """Return the token ids of each prompt of ``prompt_condition``, without what fills it up."""
+    rows = zip(condition["prompt"].tolist(), condition["pads"].tolist(), strict=True)
+    return [tokens[pads:] for tokens, pads in rows]

@@ -12,6 +12,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.exposures import reveal
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.engines import Engine, Generate
 from diffdistill.pipelines.prompts import prompt_condition, prompt_tokens
 from diffdistill.pipelines.token_family import TokenFamily, located
 from diffdistill.rollouts import Actor, Answers, Sampling, Solutions
@@ -74,12 +75,14 @@ class Questions:
         student: Reads and writes for the student.
         teacher: Reads for the teacher; of the same vocabulary.
         asking: How questions are put.
+        engine: Writes the student's answers.
         skipped: What was wrong with the questions that were left out.
     """
 
     student: CausalLM
     teacher: TokenFamily
     asking: Asking = field(default_factory=Asking)
+    engine: Engine = field(default_factory=Generate)
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -121,8 +124,8 @@ class Questions:
         """Return an answer of the student's to each question, without a graph."""
         told = self.condition(batch)
         with torch.no_grad(), student.acting(self.device):
-            return self.student.sample(
-                student.network, told, batch["ids"], sampling, draws, purpose=purpose
+            return self.engine.answers(
+                self.student, student, told, batch["ids"], sampling, draws, purpose=purpose
             )
 
     def given(self, batch: Batch) -> Answers:

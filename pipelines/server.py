@@ -1,20 +1,17 @@
 """The family ``server``: a teacher that another process serves, such as vLLM or SGLang."""
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
 from diffdistill.errors import UserError
-from diffdistill.pipelines.completions import Completions, Protocol, Scored, served_models
-from diffdistill.pipelines.json_server import JsonServer
+from diffdistill.pipelines.completions import Completions, Protocol
+from diffdistill.pipelines.prompts import bare_prompts
+from diffdistill.pipelines.reaching import Reaching, is_address, model_at
 from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.supports import TopK
 from diffdistill.types import Condition, State
@@ -23,7 +20,7 @@ PROBE = "The quick brown fox: 12 + 30 = 42, isn't it?"
 
 
 @dataclass(kw_only=True)
-class Server(TokenFamily):
+class Server(Reaching, TokenFamily):
     """A teacher behind an HTTP server, which tells its most likely tokens; ``path`` is its address.
 
     Tokens are sent, never texts, so that nothing is tokenized twice.
@@ -35,22 +32,12 @@ class Server(TokenFamily):
         protocol: What it understands: ``vllm`` (``prompt_logprobs``), ``sglang`` (its own
             ``/generate``), or ``openai`` (``echo`` with ``logprobs``).
         top_k: Most likely tokens to ask for; at least ``method.support_size``.
-        timeout: Seconds that it may be silent.
-        retries: Further tries after a failure that may be over at the next one.
-        backoff: Seconds before the first of them; each further wait is twice as long, up to 30.
-        concurrency: Answers that it is asked about at the same time, by each process.
-        api_key_variable: Name of the environment variable with its key; null sends none.
     """
 
     model: str | None = None
     tokenizer_path: str | None = None
     protocol: Protocol = "vllm"
     top_k: int = 20
-    timeout: float = 60.0
-    retries: int = 3
-    backoff: float = 1.0
-    concurrency: int = 8
-    api_key_variable: str | None = None
 
     adapter_targets: ClassVar[tuple[str, ...]] = ()
 
@@ -60,17 +47,11 @@ class Server(TokenFamily):
         Raises:
             UserError: If one cannot be.
         """
-        for name, fine, bounds in (
-            ("top_k", self.top_k >= 1, "at least 1"),
-            ("timeout", self.timeout > 0, "above 0"),
-            ("retries", self.retries >= 0, "at least 0"),
-            ("backoff", self.backoff >= 0, "at least 0"),
-            ("concurrency", self.concurrency >= 1, "at least 1"),
-        ):
-            if not fine:
-                raise UserError(f"{name} must be {bounds}, not {getattr(self, name)}")
+        if self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, not {self.top_k}")
+        self.check_patience()
         self.path = self.path.rstrip("/")
-        if not _is_address(self.path):
+        if not is_address(self.path):
             raise UserError(
                 "path must be the address of the server's API, such as http://localhost:8000/v1, "
                 "without a key"
@@ -133,9 +114,9 @@ class Server(TokenFamily):
             state: The answers.
             condition: Of ``prompts.prompt_condition``.
         """
-        padded = zip(condition["prompt"].tolist(), condition["pads"].tolist(), strict=True)
-        prompts = [tokens[pads:] for tokens, pads in padded]
-        rows = self._scored(prompts, _answers(state))
+        pairs = list(zip(bare_prompts(condition), _answers(state), strict=True))
+        ask = self._completions.scored
+        rows = self.asked(lambda pair: ask(*pair), pairs)
         ids = torch.zeros(*state.x.shape, self.top_k, dtype=torch.int64)
         logprobs, own = torch.zeros(ids.shape), torch.zeros(state.x.shape)
         for index, row in enumerate(rows):
@@ -170,56 +151,11 @@ class Server(TokenFamily):
 
     @cached_property
     def _completions(self) -> Completions:
-        server = JsonServer(self.path, self.timeout, self.retries, self.backoff, self._key())
-        models = served_models(server)
-        if self.model not in models and (self.model is not None or len(models) != 1):
-            named = "model is not set" if self.model is None else f"there is no model {self.model}"
-            raise UserError(
-                f"the server {self.path}: {named}; it serves {', '.join(models) or 'none'}"
-            )
-        model = models[0] if self.model is None else self.model
+        server = self.reached(self.path)
+        model = model_at(server, self.model)
         return Completions(
             server, model, self.protocol, self.top_k, self.words, named=self.token_id
         )
-
-    def _key(self) -> str | None:
-        if self.api_key_variable is None:
-            return None
-        key = os.environ.get(self.api_key_variable, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            why = (
-                "no key: it has characters that cannot be sent" if key else "not in the environment"
-            )
-            raise UserError(
-                f"the server {self.path}: api_key_variable names {self.api_key_variable}, which is "
-                f"{why}"
-            )
-        return key
-
-    def _scored(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-    ) -> list[Scored]:
-        """Return what the server says of each answer, some at a time."""
-        ask = self._completions.scored
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            pairs = zip(prompts, answers, strict=True)
-            asked = [pool.submit(ask, prompt, answer) for prompt, answer in pairs]
-            try:
-                return [question.result() for question in asked]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-def _is_address(path: str) -> bool:
-    """Return whether a path is a web address, and without a name or a key in it."""
-    try:
-        parts = urlsplit(path)
-        _ = parts.port  # refuses what is no number
-    except ValueError:
-        return False
-    known = parts.scheme in ("http", "https") and bool(parts.hostname)
-    return known and not any((parts.username, parts.password, parts.query, parts.fragment))
 
 
 def _answers(state: State) -> list[list[int]]:

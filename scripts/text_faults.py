@@ -11,6 +11,7 @@ TESTS = {
     "diffdistill/methods/tide.py": "test_method_tide.py test_tide_oracles.py",
     "diffdistill/noising.py": "test_noising.py",
     "diffdistill/policy.py": "test_policy.py",
+    "diffdistill/recompute.py": "test_projection.py",
     "diffdistill/selection.py": "test_selection.py",
     "diffdistill/supports.py": "test_supports.py",
     "diffdistill/text/comparing.py": "test_method_opd.py test_method_egx.py",
@@ -22,6 +23,9 @@ TESTS = {
     "diffdistill/text/selecting.py": "test_method_opd.py",
     "diffdistill/tokenwise.py": "test_projection.py",
     "diffdistill/views.py": "test_views.py",
+    "pipelines/engines.py": "test_engines.py",
+    "pipelines/student_weights.py": "test_engines.py",
+    "pipelines/vllm_server.py": "test_engines.py",
 }
 
 FAULTS = [
@@ -190,8 +194,50 @@ FAULTS = [
     (
         "text: SDAR's term has a gradient to the gate",
         "diffdistill/text/sdar.py",
-        "gate = self.gates(attempt, ours.detach(), judged, maps, chosen)",
-        "gate = self.gates(attempt, ours, judged, maps, chosen)",
+        "gate = self.gates(attempt, ours.detach(), judged, maps)",
+        "gate = self.gates(attempt, ours, judged, maps)",
+    ),
+    (
+        "text: an engine keeps its first weights",
+        "pipelines/student_weights.py",
+        "changed = found != self._known",
+        "changed = self._known is None",
+    ),
+    (
+        "text: weights that did not arrive are taken to have",
+        "pipelines/student_weights.py",
+        "            self.failed()\n",
+        "            pass\n",
+    ),
+    (
+        "text: an engine's rows have one seed",
+        "pipelines/engines.py",
+        "draws.integer(purpose, number, SEEDS) for number",
+        "draws.integer(purpose, 0, SEEDS) for number",
+    ),
+    (
+        "text: words that are none are learned",
+        "pipelines/engines.py",
+        "if token >= family.words), None)",
+        "if token > family.words), None)",
+    ),
+    (
+        "text: a server's old adapter is asked",
+        "pipelines/vllm_server.py",
+        "name = [self._handover.label]\n        if together",
+        "name = [before or self._handover.label]\n        if together",
+    ),
+    (
+        "text: another sampler's tokens weighed without a bound",
+        "diffdistill/policy.py",
+        'return ratio.clamp(max=most) if bound == "truncate" else ratio * (ratio <= most)',
+        "return ratio",
+    ),
+    (
+        "text: gradients of rows that are not theirs",
+        "diffdistill/recompute.py",
+        "return (found / expected)[:, None]",
+        "return (found / expected).mean().expand(len(found))[:, None]",
     ),
     (
         "text: cut answers learned all the same",

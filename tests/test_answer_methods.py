@@ -9,6 +9,7 @@ import torch
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
+from diffdistill.text.opd import OPD
 from tests.answer_run import answer_values, save_answer_world, stopped
 from tests.toy_run import forked, losses
 
@@ -89,3 +90,26 @@ def test_two_micro_batches_of_two_take_the_step_of_one_of_four(
         train(parse_config(values), tmp_path / label)
     one, two = (losses(tmp_path / label) for label in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+
+
+def test_a_step_of_one_micro_batch_is_not_surveyed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surveys: list[Any] = []
+    survey = OPD.survey
+    monkeypatch.setattr(OPD, "survey", lambda *a: surveys.append(1) or survey(*a))
+    for accumulate in (1, 2):
+        values = values_of(
+            world,
+            "opd",
+            roles={"teacher": {"path": str(world / "other")}},
+            train={"accumulate": accumulate, "steps": 1},
+        )
+        train(parse_config(values), tmp_path / str(accumulate))
+        assert len(surveys) == (0 if accumulate == 1 else 2)
+
+
+def test_egx_trains_without_rewards(world: Path, tmp_path: Path) -> None:
+    values = values_of(world, "egx", method={"reward_weight": 0.0, "num_answers": 1})
+    train(parse_config(values | {"rewards": None, "train": {"steps": 1}}), tmp_path)
+    assert len(losses(tmp_path)) == 1

@@ -47,6 +47,25 @@ def test_egx_at_its_neutral_settings_is_opsd_bit_for_bit() -> None:
     assert torch.equal(gradient(make(**NEUTRAL)), gradient(make(OPSD)))
 
 
+def test_egx_without_a_rewarded_term_needs_no_reward() -> None:
+    method = make(**NEUTRAL, reward=None)
+    assert torch.equal(gradient(method), gradient(make(OPSD)))
+    for options in ({"reward_weight": 0.5, "num_answers": 2}, {"branch": True}):
+        with pytest.raises(ValueError, match="reward_weight and branch need rewards"):
+            make(reward=None, **options)
+
+
+@pytest.mark.parametrize("gate_on", ["teacher", "target"])
+def test_egx_gates_centered_over_the_step_take_the_same_step(gate_on: str) -> None:
+    options: dict[str, Any] = {
+        "exposure_policy": "fixed", "gate_scale": "centered", "gate_scope": "global",
+        "gate_on": gate_on, "guard": "none", "strength": 1.3,
+    }  # fmt: skip
+    whole = student_gradients(make(**options), [question_batch(4)])
+    parts = [question_batch(1), question_batch(3, first_id=1)]
+    torch.testing.assert_close(student_gradients(make(**options), parts), whole)
+
+
 def test_egx_with_extrapolation_alone_is_exopd_bit_for_bit() -> None:
     options: dict[str, Any] = {"strength": 1.3, "divergence": "reverse-kl", "guard": "none"}
     joint = make(**NEUTRAL | options)

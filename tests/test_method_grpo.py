@@ -93,6 +93,61 @@ def test_micro_batches_take_the_same_step(aggregation: str) -> None:
     torch.testing.assert_close(student_gradients(make(**options), parts), whole)
 
 
+@pytest.mark.parametrize("kind", [GRPO, SDAR])
+def test_rewards_in_units_of_the_steps_deviation_take_the_same_step(kind: Any) -> None:
+    options: dict[str, Any] = {"scale_rewards": "batch"}
+    whole = student_gradients(make(kind, **options), [question_batch(4)])
+    parts = [question_batch(1), question_batch(3, first_id=1)]
+    method = make(kind, **options)
+    torch.testing.assert_close(student_gradients(method, parts), whole)
+    assert len(method.family.rollouts) == 2
+    assert len(method.student.calls) == 2 * 5 + 2  # five tokens are written, and read once
+
+
+def test_gates_centered_over_the_step_take_the_same_step() -> None:
+    options: dict[str, Any] = {"gate_scale": "centered", "weight": 1.0}
+    whole = student_gradients(make(SDAR, **options), [question_batch(4)])
+    parts = [question_batch(1), question_batch(3, first_id=1)]
+    pooled = student_gradients(make(SDAR, gate_scope="global", **options), parts)
+    torch.testing.assert_close(pooled, whole)
+    assert not torch.allclose(student_gradients(make(SDAR, **options), parts), whole)
+
+
+def test_gates_of_a_step_and_tokens_of_a_step_cannot_be_chosen_by_one_survey() -> None:
+    options: dict[str, Any] = {"gate_scale": "centered", "gate_scope": "global"}
+    with pytest.raises(ValueError, match="set one of them to micro-batch"):
+        make(SDAR, select="entropy", select_scope="global", **options)
+
+
+IMPORTANCES = ["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_a_sampler_that_is_the_student_needs_no_weights(importance: str) -> None:
+    batch = question_batch(4)
+    plain, weighed = (
+        student_gradients(make(**options), [batch]) for options in ({}, {"importance": importance})
+    )
+    torch.testing.assert_close(weighed, plain)
+
+
+def test_another_samplers_tokens_are_weighed_and_the_gap_is_told() -> None:
+    class Shifted(Questions):
+        def rollout(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().rollout(*args, **kwargs)
+            return found._replace(logprobs=torch.where(found.mask, found.logprobs - 0.2, 0.0))
+
+    batch, plain = question_batch(4), make(scale_rewards="none")
+    whole = gradient(only_loss(plain, batch).value, plain)
+    method = make(scale_rewards="none", importance="token-truncate")
+    method.family = Shifted()
+    loss = only_loss(method, batch)
+    torch.testing.assert_close(gradient(loss.value, method), torch.e**0.2 * whole)
+    torch.testing.assert_close(loss.metrics["sampler_gap"], torch.tensor(0.2).double())
+    method.importance_most = 1.1
+    torch.testing.assert_close(gradient(only_loss(method, batch).value, method), 1.1 * whole)
+
+
 def test_answers_that_were_cut_teach_nothing_if_they_are_dropped() -> None:
     method, batch = make(drop_cut=True, scale_rewards="none"), question_batch(6)
     loss = only_loss(method, batch)

@@ -9,6 +9,7 @@ from diffdistill.draws import Draws
 from diffdistill.projection import dense
 from diffdistill.text.opd import OPD
 from diffdistill.text.opsd import OPSD
+from diffdistill.tokenwise import Maps
 from tests.conftest import START
 from tests.toy_answers import Network, Questions, question_batch
 from tests.toy_texts import only_loss, student_gradients
@@ -118,6 +119,33 @@ def test_selection_keeps_its_share_of_each_answer_and_costs_the_others_nothing()
     assert loss.count == (lengths // 2).clamp(min=1).sum()
     everything = only_loss(make(), batch)
     assert loss.value > everything.value  # the largest divergences are above the mean
+
+
+@pytest.mark.parametrize("kind", ["forward-kl", "reverse-kl", "jsd"])
+def test_gradients_made_in_the_forward_pass_are_those_made_after_it(kind: str) -> None:
+    batch = question_batch(4)
+    planned, after = (
+        student_gradients(make(divergence=kind, token_clip=clip), [batch]) for clip in (None, 1e9)
+    )
+    torch.testing.assert_close(planned, after)
+
+
+def test_a_plain_divergence_plans_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    slope = Maps.slope
+
+    def watched(self: Any, *args: Any) -> Any:
+        made.append(args)
+        return slope(self, *args)
+
+    monkeypatch.setattr(Maps, "slope", watched)
+    for options, planned in (({}, True), ({"token_clip": 1.0}, False)):
+        made.clear()
+        loss = only_loss(make(**options), question_batch(4))
+        assert bool(made) == planned
+        made.clear()
+        loss.value.backward()
+        assert bool(made) != planned
 
 
 def test_all_tokens_retained_is_no_selection() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.policy import (
+    Importance,
     Mean,
     Ratio,
     Reweighting,
@@ -22,6 +23,7 @@ from diffdistill.policy import (
     informed_weights,
     k3_penalty,
     reweighted_advantages,
+    sampler_weights,
 )
 from tests.conftest import randn
 
@@ -341,3 +343,41 @@ def test_discounted_sums_look_ahead_within_an_answer(gamma: float, width: int) -
         for place in reversed(range(int(mask[row].sum()))):
             ahead = expected[place] = values[row, place].item() + gamma * ahead
         assert found[row].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_weights_of_what_another_model_sampled_are_ratios_up_to_a_bound() -> None:
+    logprob = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 9.0]])
+    sampler = torch.tensor([[-2.0, -2.5, -2.0], [-1.5, -1.2, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    ratio = torch.tensor(
+        [[math.e, math.exp(0.5), math.exp(-1.0)], [math.exp(0.5), math.exp(0.2), 1.0]]
+    )
+    whole = torch.tensor([[math.exp(0.5)] * 3, [math.exp(0.7)] * 3])
+    expected: dict[Importance, Tensor] = {
+        "token-truncate": ratio.clamp(max=2.0),
+        "token-mask": torch.where(ratio <= 2.0, ratio, 0.0),
+        "sequence-truncate": whole.clamp(max=2.0),
+        "sequence-mask": torch.where(whole <= 2.0, whole, 0.0),
+    }
+    for kind, value in expected.items():
+        found = sampler_weights(logprob.requires_grad_(), sampler, mask, kind, 2.0)
+        assert not found.requires_grad
+        torch.testing.assert_close(found[mask], value[mask])
+        same = sampler_weights(sampler, sampler, mask, kind, 2.0)
+        assert torch.equal(same[mask], torch.ones(5))
+
+
+def test_weights_make_rewards_of_anothers_samples_those_of_the_students_own() -> None:
+    logits, other, rewards = (randn(6, seed=seed) for seed in (1, 2, 3))
+    p, mu = logits.log_softmax(-1), other.log_softmax(-1)
+    mask = torch.ones(6, 1).bool()
+    weights = sampler_weights(p[:, None], mu[:, None], mask, "token-truncate", 1e9)[:, 0]
+    torch.testing.assert_close((mu.exp() * weights * rewards).sum(), (p.exp() * rewards).sum())
+
+
+def test_a_pool_of_rewards_measures_each_group_of_the_step_alike() -> None:
+    rewards = randn(12, seed=4)
+    whole = group_advantages(rewards, 3, "batch")
+    parts = [group_advantages(part, 3, "batch", pool=rewards) for part in rewards.split([3, 9])]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.allclose(group_advantages(rewards[:3], 3, "batch"), whole[:3])

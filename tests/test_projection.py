@@ -536,6 +536,32 @@ def test_planned_gradients_are_those_of_the_backward_pass_without_its_cost(froze
     torch.testing.assert_close(torch.autograd.grad(value, leaves), known)  # made again
 
 
+@pytest.mark.parametrize("maps", [("reverse-kl",), ("reverse-kl", "entropy")])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_a_frozen_head_any_gradient_of_one_map_costs_nothing_more(
+    frozen: bool, maps: tuple[TokenMap, ...]
+) -> None:
+    student, teacher = projection(0), projection(10)
+    leaves = leaves_of(student)[: 1 if frozen else 3]
+    if frozen:
+        student = student._replace(weight=student.weight.detach(), bias=student.bias.detach())
+    mask = torch.tensor([[True, False, True, True, False], [True] * 5])
+    weights = {name: randn(*ROWS, seed=seed, dtype=torch.float64) for seed, name in enumerate(maps)}
+    weights["reverse-kl"][1, 2] = 0.0
+
+    def loss(**options: Any) -> Tensor:
+        found = token_maps(
+            student, teacher, ("reverse-kl", "entropy"), mask=mask, tile_rows=3, **options
+        )
+        return sum((weight * found[name]).sum() for name, weight in weights.items())  # type: ignore[return-value]
+
+    value = loss(trained="reverse-kl")
+    with Products(WORDS) as products:
+        found = torch.autograd.grad(value, leaves)
+    assert (products.rows == 0) == (frozen and len(maps) == 1)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(), leaves))
+
+
 def test_nothing_is_planned_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffdistill.recompute._Sums", None)  # what gradients are summed in
     student, ones = projection(0), torch.ones(ROWS)

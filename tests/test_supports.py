@@ -175,6 +175,24 @@ def test_the_hybrid_estimate_is_the_whole_reverse_kl_in_expectation(support: Sup
     torch.testing.assert_close(gradient, slope(whole, logits), rtol=0, atol=1e-10)
 
 
+def test_the_hybrid_estimate_of_another_samplers_tokens_is_weighed_to_the_same() -> None:
+    logits, teacher = logits_of(0), dense(projection(10))
+    sampler = dense(projection(20)).log_softmax(-1).detach()
+    for clip, exact in ((1e9, True), (0.5, False)):
+        value, gradient = torch.zeros(ROWS).double(), torch.zeros_like(logits.detach())
+        for token in range(WORDS):
+            found = divergence(
+                logits, teacher, support="teacher", correction="hybrid", k=3,
+                tokens=torch.full(ROWS, token), sampler=sampler[..., token], importance_clip=clip,
+            )  # fmt: skip
+            share = sampler[..., token].exp()
+            value += share * found.detach()
+            gradient += share[..., None] * slope(found, logits)
+        whole = token_maps(logits, teacher, ["reverse-kl"])["reverse-kl"]
+        assert torch.allclose(value, whole.detach(), rtol=0, atol=1e-10) == exact
+        assert torch.allclose(gradient, slope(whole, logits), rtol=0, atol=1e-10) == exact
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tail_bucket_is_a_lower_bound_and_never_negative(kind: TruncatedDivergence) -> None:
     logits, teacher = logits_of(0), dense(projection(10))

@@ -13,7 +13,7 @@ from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings, TextEvaluateSettings
 from diffdistill.roles import RoleSettings
 
-KINDS = {"methods": "method", "families": "family", "rewards": "reward"}
+KINDS = {"methods": "method", "families": "family", "rewards": "reward", "engines": "engine"}
 
 
 def listing(kind: str | None = None) -> str:
@@ -58,6 +58,8 @@ def json_schema() -> str:
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
     reward = {"anyOf": [{"type": "string"}, *named, own]}
     properties["rewards"] = {"anyOf": [reward, {"type": "array", "items": reward}]}
+    engines = [_named("engine", name) for name in sorted(catalog.names("engine"))]
+    properties["engine"] = {"anyOf": [{"type": "string"}, *engines, own]}
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "diffdistill config",

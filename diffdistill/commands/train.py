@@ -90,8 +90,8 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     check_evaluate(config)
     session = build(config, distributed.device)
     check_servers(session)
-    if hasattr(session.method, "reward"):
-        load_rewards(session.method.reward)
+    if (reward := getattr(session.method, "reward", None)) is not None:
+        load_rewards(reward)
     feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
     painter = _painter(session, feed, output, distributed)
     checkpoints = Checkpoints(output, config.train.keep)

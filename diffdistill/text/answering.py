@@ -59,6 +59,7 @@ class Answering(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        self._kept: dict[int, tuple[Batch, Answers]] = {}
         for name, fine, bounds in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature > 0, "above 0"),
@@ -69,8 +70,21 @@ class Answering(Method):
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
 
     def attempt(self, batch: Batch, progress: Progress) -> Attempt:
-        """Return the student's answers to a batch, and its predictions, one call with a graph."""
-        return self.read(*self.answered(batch, progress))
+        """Return the student's answers to a batch, and its predictions, one call with a graph.
+
+        The answers are those of the survey, if there was one.
+        """
+        kept = self._kept.pop(int(batch["ids"][0]), None)
+        return self.read(*(kept or self.answered(batch, progress)))
+
+    def survey(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Answer a batch, once; return what the parts of a method add to it, to be pooled."""
+        self._kept[int(batch["ids"][0])] = self.answered(batch, progress)
+        return {}
+
+    def surveyed(self, batch: Batch) -> tuple[Batch, Answers]:
+        """Return what ``answered`` returned in the survey of a batch."""
+        return self._kept[int(batch["ids"][0])]
 
     def answered(self, batch: Batch, progress: Progress) -> tuple[Batch, Answers]:
         """Return a row for each answer to a batch, and the answers: the student's own."""
@@ -96,6 +110,17 @@ def check_exposure(exposure: float | None) -> None:
         raise ValueError(f"exposure must be in [0, 1], not {exposure}")
 
 
+def sampler_gap(answers: Answers, logprob: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return how far log-probabilities of student and sampler are apart, on average, to be logged.
+
+    With the student's own sampling at temperature alone it is rounding; an inference engine adds
+    its own, and weights that it was not given. Nothing of answers that were given.
+    """
+    if answers.logprobs is None:
+        return {}
+    return {"sampler_gap": masked_mean((logprob.detach() - answers.logprobs).abs(), mask)}
+
+
 def mean_loss(
     attempt: Attempt, error: Tensor, chosen: Tensor, maps: Mapping[str, Tensor], **metrics: Any
 ) -> Loss:
@@ -110,6 +135,8 @@ def mean_loss(
     """
     answers = attempt.answers
     told = {name: masked_mean(value.detach(), chosen) for name, value in maps.items()}
+    if "logprob" in maps:
+        told |= sampler_gap(answers, maps["logprob"], chosen)
     told |= {
         "answer_tokens": answers.mask.sum(dim=1).float().mean(),
         "ended": answers.ended.float().mean(),

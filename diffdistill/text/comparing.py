@@ -37,8 +37,9 @@ class Comparing(Selecting):
         baseline: Of ``sampled``: subtract the reward that the student expects at each token, which
             is minus the reverse KL (ours; the same expectation, less noise). A server's teacher
             has none.
-        importance_clip: Of ``sampled``: weigh each token by the ratio of student to sampler, but by
-            no more than this (5 in G-OPD's code); null does not weigh.
+        importance_clip: Of ``sampled``, and of the sampled part of ``hybrid``: weigh each token by
+            the ratio of student to sampler, but by no more than this (5 in G-OPD's code); null
+            does not weigh.
         beta: Of ``jsd``: 0.5 is symmetric; at 0 and at 1 it is 0, and not a KL.
         discount: Of ``sampled``: add to each token's reward those of later ones, times this to the
             power of their distance (0 in Thinking Machines; 0.99 in beta-OPSD).
@@ -95,10 +96,13 @@ class Comparing(Selecting):
                     "divergence sampled is a reward of one token: leave support full and "
                     "token_clip null"
                 )
-        elif self.discount or self.informed or self.importance_clip is not None:
+        elif self.discount or self.informed:
             raise ValueError(
-                "discount, informed and importance_clip are for divergence: sampled, not "
-                f"{self.divergence}"
+                f"discount and informed are for divergence: sampled, not {self.divergence}"
+            )
+        elif self.importance_clip is not None and not self.hybrid:
+            raise ValueError(
+                "importance_clip is of sampled tokens: for divergence sampled, or correction hybrid"
             )
         uncorrected = self.support != "full" and self.correction == "none"
         if uncorrected and self.divergence == "reverse-kl" and not self.allow_biased:
@@ -106,6 +110,11 @@ class Comparing(Selecting):
                 "correction none with reverse-kl drives the student's mass out of the support: "
                 "take another correction, or set allow_biased: true"
             )
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether the divergence is of a support, with a part of the sampled token's."""
+        return self.support != "full" and self.correction == "hybrid"
 
     def distilled(self, attempt: Attempt, progress: Progress) -> Loss:
         """Return the mean divergence from the teacher over the chosen tokens of the step."""
@@ -121,6 +130,7 @@ class Comparing(Selecting):
         chosen: Tensor,
         more: Sequence[TokenMap] = (),
         *,
+        uniform: bool = True,
         reference: Prediction | None = None,
         strength: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -131,6 +141,8 @@ class Comparing(Selecting):
             theirs: The teacher's predictions.
             chosen: The tokens to compare, bool ``[B, A]``.
             more: Maps to return besides those that are logged (see ``projection.token_maps``).
+            uniform: Whether the loss will be a mean of the map over the chosen tokens; gradients
+                are then made in the pass that makes the map.
             reference: With ``strength``, what the target leads away from.
             strength: How far the target lies from the reference to the teacher, ``[B, A]``.
         """
@@ -145,7 +157,16 @@ class Comparing(Selecting):
             )
         else:
             wanted: list[TokenMap] = [self.divergence, *more]
-            maps = self.token_maps(attempt, theirs, chosen, wanted, reference, strength)
+            maps = self.token_maps(
+                attempt,
+                theirs,
+                chosen,
+                wanted,
+                reference,
+                strength,
+                trained=self.divergence,
+                uniform=uniform and self.token_clip is None,
+            )
             maps["divergence"] = maps.pop(self.divergence)
         error = self._clipped(maps.pop("divergence"))
         return {name: value.detach() for name, value in maps.items()} | {"divergence": error}
@@ -158,6 +179,9 @@ class Comparing(Selecting):
         wanted: Sequence[TokenMap],
         reference: Prediction | None = None,
         strength: Tensor | None = None,
+        *,
+        trained: TokenMap | None = None,
+        uniform: bool = False,
     ) -> dict[str, Tensor]:
         """Return maps ``[B, A]`` with their graphs, under the method's options.
 
@@ -168,8 +192,12 @@ class Comparing(Selecting):
             wanted: The maps; those that are logged come with them.
             reference: See ``compared``.
             strength: See ``compared``.
+            trained: The only map that will get gradients, if it is one.
+            uniform: Whether the loss is its mean over the chosen tokens.
         """
-        logged = LOGGED if theirs is not None else LOGGED[:1]
+        logged = list(LOGGED if theirs is not None else LOGGED[:1])
+        if attempt.answers.logprobs is not None:
+            logged.append("logprob")  # to tell it from the sampler's
         return token_maps(
             attempt.prediction,
             theirs,
@@ -181,6 +209,8 @@ class Comparing(Selecting):
             entry_clip=self.entry_clip,
             reference=reference,
             strength=strength,
+            planned={trained: chosen.float()} if trained is not None and uniform else None,
+            trained=trained,
         )
 
     def _sampled(
@@ -194,13 +224,15 @@ class Comparing(Selecting):
     ) -> dict[str, Tensor]:
         if isinstance(theirs, TopK):
             assert theirs.tokens is not None, "a server says how likely the sampled token is"
-            maps = self.token_maps(attempt, None, chosen, ["logprob"])
+            maps = self.token_maps(attempt, None, chosen, ["logprob"], trained="logprob")
             maps["teacher-logprob"] = theirs.tokens
         else:
             wanted: list[TokenMap] = ["logprob", "teacher-logprob", *more]
             if self.baseline:
                 wanted.append("reverse-kl")
-            maps = self.token_maps(attempt, theirs, chosen, wanted, reference, strength)
+            maps = self.token_maps(
+                attempt, theirs, chosen, wanted, reference, strength, trained="logprob"
+            )
         reward = self._reward(attempt, maps, chosen)
         return maps | {"divergence": policy_gradient_map(maps["logprob"], reward)}
 
@@ -236,6 +268,8 @@ class Comparing(Selecting):
             temperature=self.temperature,
             beta=self.beta,
             allow_biased=self.allow_biased,
+            sampler=attempt.answers.logprobs,
+            importance_clip=self.importance_clip,
         )
 
     def _clipped(self, error: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the teacher itself finds it (SDAR: acts on a weight alone). A reward of whole an
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
     ``gate_scale: unit``: all three are OPSD.
 
     Attributes:
+        reward: Verifies answers; none is needed with neither ``reward_weight`` nor ``branch``.
         weight: Of the distilled term.
         reward_weight: Of the rewarded term; at 0 nothing is verified.
         gate_on: Whether the gate compares the student with the ``teacher``, so that the strength
@@ -44,7 +45,9 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
     """
 
     roles: ClassVar = Extrapolating.roles
+    reward_optional: ClassVar = True
 
+    reward: Any
     num_answers: int = 1
     divergence: Divergence = "forward-kl"
     gate_scale: Literal["plain", "unit", "centered"] = "unit"
@@ -63,20 +66,43 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
                 "gap_form teaches nothing without a gate, and is no divergence to clip: set "
                 "gate_beta above 0, and token_clip to null"
             )
+        if self.reward is None and (self.reward_weight or self.branch):
+            raise ValueError("reward_weight and branch need rewards, such as rewards: boxed")
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: the distilled term, and the rewarded one."""
         exposure = self.shown(progress)
         attempt = self.attempt(batch, progress)
-        theirs = self.judge(attempt, progress)
-        if isinstance(theirs, TopK):
-            raise UserError("method egx needs a teacher of its own, not a server")
-        chosen = self.chosen(attempt, theirs, progress) & self._taught(attempt)[:, None]
+        theirs, chosen = self._judged(attempt, progress)
         maps, told = self._distilled(attempt, theirs, chosen, progress)
         told |= self.watched(batch, attempt, theirs, exposure)
         told |= self.told_exposure(exposure)
         loss = mean_loss(attempt, self.weight * maps.pop("divergence"), chosen, maps, **told)
-        yield self._with_reward(attempt, loss) if self.reward_weight else loss
+        yield self._with_reward(attempt, loss, progress) if self.reward_weight else loss
+
+    def opened(self, attempt: Attempt, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Return the gate of each token before it is scaled, and which count, bool; ``[B, A]``."""
+        theirs, chosen = self._judged(attempt, progress)
+        target = self.target(attempt, theirs, chosen, progress)
+        maps = self.token_maps(attempt, theirs, chosen, ["logprob", self._judge], **target)
+        return self.gates(attempt, maps["logprob"], maps[self._judge], maps), chosen
+
+    def _judged(self, attempt: Attempt, progress: Progress) -> tuple[Prediction, Tensor]:
+        """Return the teacher's prediction, and which tokens learn from it, bool ``[B, A]``."""
+        theirs = self.judge(attempt, progress)
+        if isinstance(theirs, TopK):
+            raise UserError("method egx needs a teacher of its own, not a server")
+        return theirs, self.chosen(attempt, theirs, progress) & self._taught(attempt)[:, None]
+
+    @property
+    def _judge(self) -> TokenMap:
+        """The map that the gate compares the student's log-probabilities with."""
+        return "raw-teacher-logprob" if self.gate_on == "teacher" else "teacher-logprob"
+
+    @property
+    def _open(self) -> bool:
+        """Whether all gates are the same, whatever the tokens."""
+        return self.gate_beta == 0 and self.gate_scale != "centered"
 
     @property
     def compares(self) -> bool:
@@ -101,15 +127,15 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
             maps = self.token_maps(attempt, theirs, chosen, wanted, **target)
             maps["divergence"] = maps["teacher-logprob"] - maps["logprob"]
         else:
-            maps = self.compared(attempt, theirs, chosen, wanted, **target)
-        judge = "raw-teacher-logprob" if self.gate_on == "teacher" else "teacher-logprob"
-        ours, judged = maps["logprob"].detach(), maps[judge]
-        gate = self.gates(attempt, ours, judged, maps, chosen)
+            maps = self.compared(attempt, theirs, chosen, wanted, uniform=self._open, **target)
+        ours = maps["logprob"].detach()
+        gate = self.gates(attempt, ours, maps[self._judge], maps)
+        gate = self.scaled(gate, chosen, progress)
         maps["divergence"] = gate * maps["divergence"]
         told: dict[str, Tensor | float] = {"gate": masked_mean(gate, chosen)}
         return maps, told | self.told_strength(target, chosen)
 
-    def _with_reward(self, attempt: Attempt, loss: Loss) -> Loss:
+    def _with_reward(self, attempt: Attempt, loss: Loss, progress: Progress) -> Loss:
         """Return the loss with the rewarded term, weighed by all tokens of the answers.
 
         With a selection or a branch the distilled term of a micro-batch is a mean over fewer.
@@ -117,7 +143,7 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         rewards = self.rewards(attempt)
         mask, tokens = self.rewarded_tokens(attempt), attempt.answers.tokens
         logprob = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)
-        value, _ = self.policy(attempt, self.advantages(rewards), logprob)
+        value, _ = self.policy(attempt, self.advantages(rewards, progress), logprob)
         told = dict(loss.metrics) | self.told(attempt, rewards)
         count = max(int(attempt.answers.mask.sum()), 1)
         value = loss.value + self.reward_weight * value

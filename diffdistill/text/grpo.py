@@ -26,5 +26,5 @@ class GRPO(Held):
             mask=self.rewarded_tokens(attempt),
             temperature=self.temperature,
         )
-        value, count, told = self.held(attempt, self.advantages(rewards), logprob)
+        value, count, told = self.held(attempt, self.advantages(rewards, progress), logprob)
         yield Loss("student", value, count, metrics=self.told(attempt, rewards) | told)

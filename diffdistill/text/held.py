@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.policy import aggregate, k3_penalty
 from diffdistill.projection import token_logprob
-from diffdistill.text.answering import Attempt
+from diffdistill.text.answering import Attempt, sampler_gap
 from diffdistill.text.rewarded import Rewarded
 
 
@@ -48,13 +48,14 @@ class Held(Rewarded):
         The arguments are those of ``policy``.
         """
         value, count = self.policy(attempt, advantages, logprob)
-        if not self.reference_weight:
-            return value, count, {}
         mask, tokens = self.rewarded_tokens(attempt), attempt.answers.tokens
+        told = sampler_gap(attempt.answers, logprob, mask)
+        if not self.reference_weight:
+            return value, count, told
         with torch.no_grad():
             found = self.reference(attempt.state, self.family.condition(attempt.batch))
             known = token_logprob(found, tokens, mask=mask, temperature=self.temperature)
         error = k3_penalty(logprob, known)
         penalty, _ = aggregate(error, mask, self.aggregation, max_tokens=self.max_tokens)
         value = value + self.reference_weight * penalty
-        return value, count, {"reference_penalty": penalty.detach()}
+        return value, count, told | {"reference_penalty": penalty.detach()}

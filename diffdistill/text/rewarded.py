@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.policy import (
+    Importance,
     Mean,
     Ratio,
     Scale,
@@ -14,8 +15,11 @@ from diffdistill.policy import (
     cispo_map,
     clipped_policy_map,
     group_advantages,
+    sampler_weights,
 )
+from diffdistill.rollouts import Answers
 from diffdistill.text.answering import Answering, Attempt
+from diffdistill.types import Batch, Progress
 from diffdistill.verifying import AnswerReward
 
 
@@ -27,8 +31,8 @@ class Rewarded(Answering):
         reward: Verifies answers.
         num_answers: Answers to each question; each is compared with the others.
         scale_rewards: What advantages are divided by: the deviation of the ``group`` (GRPO,
-            arXiv:2402.03300), of the ``batch`` (a micro-batch of one rank), or ``none`` (Dr. GRPO,
-            arXiv:2503.20783).
+            arXiv:2402.03300), of the ``batch`` (all answers of the optimizer step, which are then
+            written before any is learned), or ``none`` (Dr. GRPO, arXiv:2503.20783).
         aggregation: ``grpo`` is a mean over answers of the mean over their tokens, ``dr-grpo``
             divides by ``max_tokens`` instead, ``dapo`` is a mean over all tokens of the step
             (arXiv:2503.14476).
@@ -39,6 +43,12 @@ class Rewarded(Answering):
             silences a token.
         ratio_most: Largest ratio: of ``cispo`` (5 in ScaleRL), and of ``clip`` where the advantage
             is negative (dual-clip PPO, 3 in SDAR); null bounds none.
+        importance: What is done about log-probabilities of the sampler that are not the student's,
+            as those of an inference engine: ``ratio`` takes the sampler as the older student, so
+            that the clip bounds it (ours); the others weigh tokens by the ratio of student to
+            sampler, of the token or of its whole answer, up to ``importance_most`` (truncate) or
+            not at all where it is larger (mask). TRL's default is ``sequence-mask``.
+        importance_most: Largest such weight; 3 in TRL.
         drop_cut: Answers that were cut at ``max_tokens`` teach nothing (DAPO).
     """
 
@@ -51,6 +61,8 @@ class Rewarded(Answering):
     ratio: Ratio = "token"
     surrogate: Literal["clip", "cispo"] = "clip"
     ratio_most: float | None = None
+    importance: Importance = "ratio"
+    importance_most: float = 3.0
     drop_cut: bool = False
 
     def __post_init__(self) -> None:
@@ -60,6 +72,8 @@ class Rewarded(Answering):
             raise ValueError("num_answers must be at least 2: answers are compared with each other")
         if self.surrogate == "cispo" and self.ratio_most is None:
             raise ValueError("surrogate cispo needs ratio_most, such as 5")
+        if self.importance_most <= 0:
+            raise ValueError(f"importance_most must be above 0, not {self.importance_most}")
 
     @property
     def compares(self) -> bool:
@@ -69,12 +83,32 @@ class Rewarded(Answering):
     @torch.no_grad()
     def rewards(self, attempt: Attempt) -> Tensor:
         """Return the reward of each answer, ``[B]``."""
-        texts = self.family.spelled(attempt.answers)
-        return self.reward.score(texts, self.family.examples(attempt.batch))
+        return self._scored(attempt.batch, attempt.answers)
 
-    def advantages(self, rewards: Tensor) -> Tensor:
+    def _scored(self, rows: Batch, answers: Answers) -> Tensor:
+        return self.reward.score(self.family.spelled(answers), self.family.examples(rows))
+
+    @property
+    def pools_rewards(self) -> bool:
+        """Whether rewards are measured by those of the whole optimizer step."""
+        return self.scale_rewards == "batch" and self.compares
+
+    def pools(self) -> bool:
+        """Return whether something is compared with the whole optimizer step."""
+        return self.pools_rewards or super().pools()
+
+    @torch.no_grad()
+    def survey(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return the reward of each answer to a batch, if they are pooled."""
+        values = super().survey(batch, progress)
+        if self.pools_rewards:
+            values["reward"] = self._scored(*self.surveyed(batch))
+        return values
+
+    def advantages(self, rewards: Tensor, progress: Progress) -> Tensor:
         """Return how much better each answer is than the others to its question, ``[B]``."""
-        return group_advantages(rewards, self.num_answers, self.scale_rewards)
+        pool = progress.pools.get("reward")
+        return group_advantages(rewards, self.num_answers, self.scale_rewards, pool=pool)
 
     def rewarded_tokens(self, attempt: Attempt) -> Tensor:
         """Return the tokens that learn from rewards, bool ``[B, A]``."""
@@ -91,7 +125,13 @@ class Rewarded(Answering):
         """
         answers, mask = attempt.answers, self.rewarded_tokens(attempt)
         assert answers.logprobs is not None, "rewards are for answers of the student's own"
-        error = self._surrogate(logprob, answers.logprobs, advantages, mask)
+        if self.importance == "ratio":
+            error = self._surrogate(logprob, answers.logprobs, advantages, mask)
+        else:
+            error = self._surrogate(logprob, logprob.detach(), advantages, mask)
+            error = error * sampler_weights(
+                logprob, answers.logprobs, mask, self.importance, self.importance_most
+            )
         return aggregate(error, mask, self.aggregation, max_tokens=self.max_tokens)
 
     def _surrogate(self, logprob: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

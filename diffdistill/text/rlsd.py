@@ -71,7 +71,7 @@ class RLSD(Held):
             found = self.teacher(attempt.state, condition)
             theirs = token_logprob(found, tokens, mask=mask, temperature=self.temperature)
         advantages = reweighted_advantages(
-            self.advantages(rewards),
+            self.advantages(rewards, progress),
             ours,
             theirs,
             mask,

@@ -9,21 +9,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from diffdistill.divergences import masked_mean
 from diffdistill.errors import UserError
 from diffdistill.gates import sdar_map
 from diffdistill.projection import token_maps
 from diffdistill.rollouts import Solutions
 from diffdistill.supports import TopK
-from diffdistill.text.answering import check_exposure
+from diffdistill.text.answering import Attempt, check_exposure
 from diffdistill.text.gated import Gated
 from diffdistill.text.held import Held
-from diffdistill.text.selecting import Selecting
 from diffdistill.types import Batch, Loss, Progress
 
 
 @dataclass(kw_only=True)
-class SDAR(Gated, Selecting, Held):
+class SDAR(Gated, Held):
     """Add to GRPO a policy gradient whose reward is the gate.
 
     The distilled term is g (log teacher - log student) of the sampled token with a constant g: it
@@ -63,6 +64,28 @@ class SDAR(Gated, Selecting, Held):
         """Yield one loss: the rewarded and the distilled term."""
         attempt = self.attempt(batch, progress)
         rewards = self.rewards(attempt)
+        maps, chosen = self._judged(attempt, progress)
+        ours, judged = maps["logprob"], maps["teacher-logprob"]
+        gate = self.gates(attempt, ours.detach(), judged, maps)
+        gate = self.scaled(gate, chosen, progress)
+        distilled = masked_mean(sdar_map(ours, judged, gate), chosen)
+        value, count, told = self.held(attempt, self.advantages(rewards, progress), ours)
+        metrics = self.told(attempt, rewards) | told
+        metrics |= {
+            "distillation": distilled.detach(),
+            "gate": masked_mean(gate, chosen),
+            "gap": masked_mean(judged - ours.detach(), chosen),
+        }
+        value = self.reward_weight * value + self.weight * distilled
+        yield Loss("student", value, count, metrics=metrics)
+
+    def opened(self, attempt: Attempt, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Return the gate of each token before it is scaled, and which count, bool; ``[B, A]``."""
+        maps, chosen = self._judged(attempt, progress)
+        return self.gates(attempt, maps["logprob"], maps["teacher-logprob"], maps), chosen
+
+    def _judged(self, attempt: Attempt, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what student and teacher make of each token, and which count, bool ``[B, A]``."""
         theirs = self.judge(attempt, progress)
         if isinstance(theirs, TopK):
             raise UserError("method sdar needs a teacher of its own, not a server")
@@ -73,17 +96,6 @@ class SDAR(Gated, Selecting, Held):
             tokens=attempt.answers.tokens,
             mask=attempt.answers.mask,
             temperature=self.temperature,
+            trained="logprob",
         )
-        ours, judged = maps["logprob"], maps["teacher-logprob"]
-        chosen = self.chosen(attempt, theirs, progress)
-        gate = self.gates(attempt, ours.detach(), judged, maps, chosen)
-        distilled = masked_mean(sdar_map(ours, judged, gate), chosen)
-        value, count, told = self.held(attempt, self.advantages(rewards), ours)
-        metrics = self.told(attempt, rewards) | told
-        metrics |= {
-            "distillation": distilled.detach(),
-            "gate": masked_mean(gate, chosen),
-            "gap": masked_mean(judged - ours.detach(), chosen),
-        }
-        value = self.reward_weight * value + self.weight * distilled
-        yield Loss("student", value, count, metrics=metrics)
+        return maps, self.chosen(attempt, theirs, progress)

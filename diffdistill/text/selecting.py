@@ -9,7 +9,6 @@ from torch import Tensor
 from diffdistill.errors import UserError
 from diffdistill.noising import uniform
 from diffdistill.projection import Prediction, TokenMap, token_maps
-from diffdistill.rollouts import Answers
 from diffdistill.selection import Rule, Scope, select_tokens, token_scores
 from diffdistill.supports import TopK
 from diffdistill.text.answering import Answering, Attempt
@@ -28,7 +27,7 @@ class Selecting(Answering):
         retention: Share of each answer's tokens to learn; at least one.
         select_scope: Over what the scores are normalized: each ``rollout``; the ``micro-batch``;
             or, ``global``, the optimizer step (the paper says batch), which asks student and
-            teacher twice.
+            teacher twice where a step has several micro-batches.
         select_sampled: Draw tokens in proportion to their scores instead of taking the highest
             (TIP's entropy sampling); with ``none``, each with the same chance.
         entropy_quantile: Entropies above this quantile are cut down to it before they are
@@ -50,7 +49,6 @@ class Selecting(Answering):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        self._kept: dict[int, tuple[Batch, Answers]] = {}
         if not 0 < self.retention <= 1:
             raise ValueError(f"retention must be in (0, 1], not {self.retention}")
 
@@ -66,24 +64,25 @@ class Selecting(Answering):
         found: Prediction | TopK = self.teacher(attempt.state, condition)
         return found
 
-    def pools(self) -> bool:
-        """Return whether tokens are compared with those of the whole optimizer step."""
+    @property
+    def pools_scores(self) -> bool:
+        """Whether tokens are compared with those of the whole optimizer step."""
         return self.select_scope == "global" and self.select in ("entropy", "soft-or", "q3")
+
+    def pools(self) -> bool:
+        """Return whether something is compared with the whole optimizer step."""
+        return self.pools_scores or super().pools()
 
     @torch.no_grad()
     def survey(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return entropy and divergence of each token of a batch, which is answered once."""
-        found = self.answered(batch, progress)
-        self._kept[int(batch["ids"][0])] = found
-        attempt = self.read(*found)
+        """Return entropy and divergence of each token of a batch, if they are pooled."""
+        values = super().survey(batch, progress)
+        if not self.pools_scores:
+            return values
+        attempt = self.read(*self.surveyed(batch))
         maps = self._maps(attempt, self.judge(attempt, progress))
         mask = attempt.answers.mask
-        return {name: maps[name][mask] for name in ("entropy", "reverse-kl")}
-
-    def attempt(self, batch: Batch, progress: Progress) -> Attempt:
-        """Return the answers to a batch, those of the survey if there was one, and predictions."""
-        kept = self._kept.pop(int(batch["ids"][0]), None)
-        return self.read(*kept) if kept else super().attempt(batch, progress)
+        return values | {name: maps[name][mask] for name in ("entropy", "reverse-kl")}
 
     def chosen(self, attempt: Attempt, theirs: Prediction | TopK, progress: Progress) -> Tensor:
         """Return which tokens are learned, bool ``[B, A]``."""
@@ -112,12 +111,17 @@ class Selecting(Answering):
             maps["reverse-kl"],
             maps["forward-kl"],
             mask,
-            scope=self.select_scope,
+            scope="global" if "entropy" in progress.pools else self._own_scope,
             pool_entropy=progress.pools.get("entropy"),
             pool_divergence=progress.pools.get("reverse-kl"),
             clip_quantile=self.entropy_quantile,
             divergence_clip_quantile=self.divergence_quantile,
         )
+
+    @property
+    def _own_scope(self) -> Scope:
+        """The scope where nothing is pooled: a step of one micro-batch is its own pool."""
+        return "micro-batch" if self.select_scope == "global" else self.select_scope
 
     def _maps(self, attempt: Attempt, theirs: Prediction | TopK) -> dict[str, Tensor]:
         """Return the maps ``[B, A]`` that scores are made of."""

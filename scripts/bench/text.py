@@ -1,13 +1,14 @@
-"""Speed and memory of token divergences, as ratios within one run.
+"""Speed and memory of token divergences and of a step of ``opd``, as ratios within one run.
 
     python scripts/bench/text.py           # V = 151,936, H = 1,024, 2,048 tokens
     python scripts/bench/text.py --full    # the same on a GPU, in bfloat16
     python scripts/bench/text.py --quick   # a small vocabulary and few tokens, to see that it runs
+    python scripts/bench/text.py --only step   # one part: divergences, frozen-head, selection, step
 
 Each task is forward and backward: a divergence is trained, and its map, both entropies and the
 log-probability of the tokens are returned. Weights are random. Writes samples/bench/text.json,
-with what it ran on (text-full.json or text-quick.json). The naive JSD takes 16 GB; fewer --tokens
-take less.
+with what it ran on (text-full.json or text-quick.json); with --only the other parts stay as they
+are there. The naive JSD takes 16 GB; fewer --tokens take less.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import opd_step
 import torch
 from dllm import Allocated
 from random_text import VOCABULARY
@@ -31,6 +34,7 @@ from diffdistill.projection import Projection, TokenMap, token_maps
 ROOT = Path(__file__).parents[2]
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 KINDS: tuple[Divergence, ...] = ("forward-kl", "reverse-kl", "jsd")
+PARTS = ("divergences", "frozen-head", "selection", "step")
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Case:
     """Hidden states and heads of a student and of a teacher, on one device.
 
     Attributes:
-        student: Its hidden states and head have gradients.
+        student: Its hidden states have gradients, and so has its head unless it is frozen.
         teacher: Has none.
         tokens: The answer's.
     """
@@ -48,14 +52,24 @@ class Case:
     tokens: Tensor
 
     @classmethod
-    def random(cls, rows: int, words: int, width: int, device: str, dtype: torch.dtype) -> "Case":
+    def random(
+        cls,
+        rows: int,
+        words: int,
+        width: int,
+        device: str,
+        dtype: torch.dtype,
+        *,
+        frozen_head: bool = False,
+    ) -> "Case":
         """Return a case whose logits have a standard deviation of about 1."""
         torch.manual_seed(0)
         sides = []
         for trained in (True, False):
             hidden = torch.randn(rows, width, device=device, dtype=dtype)
             weight = torch.randn(words, width, device=device, dtype=dtype).div_(math.sqrt(width))
-            parts = (hidden.requires_grad_(trained), weight.requires_grad_(trained))
+            head = trained and not frozen_head
+            parts = (hidden.requires_grad_(trained), weight.requires_grad_(head))
             sides.append(Projection(*parts))
         return cls(sides[0], sides[1], torch.randint(words, (rows,), device=device))
 
@@ -69,7 +83,13 @@ class Case:
         wanted: tuple[TokenMap, ...] = (kind, "entropy", "teacher-entropy", "logprob")
         plan = {kind: torch.ones_like(self.tokens)} if planned else None
         maps = token_maps(
-            self.student, self.teacher, wanted, tokens=self.tokens, mask=mask, planned=plan
+            self.student,
+            self.teacher,
+            wanted,
+            tokens=self.tokens,
+            mask=mask,
+            planned=plan,
+            trained=kind,
         )
         self.train(maps[kind].mean())
 
@@ -122,7 +142,8 @@ def unit(score: Tensor) -> Tensor:
 
 def peak(task: Callable[[], object], case: Case) -> int:
     """Return the most bytes that a task allocates besides the gradients it returns."""
-    gradients = sum(x.numel() * x.element_size() for x in case.student[:2])
+    learned = [x for x in case.student[:2] if x.requires_grad]
+    gradients = sum(x.numel() * x.element_size() for x in learned)
     if case.tokens.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -136,10 +157,10 @@ def peak(task: Callable[[], object], case: Case) -> int:
     return allocated.peak - gradients
 
 
-def against_others(case: Case, rounds: int) -> dict[str, Any]:
+def against_others(kinds: Sequence[Divergence], case: Case, rounds: int) -> dict[str, Any]:
     """Return time and memory of each divergence over those of the naive path and of TRL."""
     found: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds:
         others = {"naive": partial(case.naive, kind), "trl": partial(case.trl, kind)}
         peaks = {name: peak(task, case) for name, task in others.items()}
         found[kind] = {"peak_bytes": dict(peaks)}
@@ -175,30 +196,43 @@ def selection(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+def measured(part: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return one part's results, with the size of what was measured."""
+    if part == "step":
+        size = opd_step.QUICK if given.quick else opd_step.FULL if given.full else opd_step.HERE
+        with TemporaryDirectory() as folder:
+            return opd_step.step_overhead(Path(folder), size, given.rounds)
+    shape = (256, 4096, 64) if given.quick else (given.tokens, VOCABULARY, 1024)
+    device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
+    frozen = part == "frozen-head"  # as under a LoRA
+    case = Case.random(*shape, device=device, dtype=dtype, frozen_head=frozen)
+    sizes = dict(zip(("tokens", "vocabulary", "width"), shape, strict=True))
+    if part == "selection":
+        return sizes | selection(case, given.rounds)
+    return sizes | against_others(given.kinds, case, given.rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--full", action="store_true", help="on a GPU, in bfloat16")
     parser.add_argument("--tokens", type=int, default=2048, help="rows")
+    parser.add_argument("--only", choices=PARTS, help="one part; all of them without")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="divergences")
     parser.add_argument("--rounds", type=int, default=3, help="times each side is run")
     parser.add_argument("--output", type=Path, help="the JSON file")
     given = parser.parse_args(arguments)
     if given.full and not torch.cuda.is_available():
         raise SystemExit("--full needs an accelerator; not run")
-    size = (256, 4096, 64) if given.quick else (given.tokens, VOCABULARY, 1024)
-    device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
-    case = Case.random(*size, device=device, dtype=dtype)
-    results = {
-        **dict(zip(("tokens", "vocabulary", "width"), size, strict=True)),
-        "divergences": against_others(case, given.rounds),
-        "selection": selection(case, given.rounds),
-    }
+    default = "text-quick.json" if given.quick else "text-full.json" if given.full else "text.json"
+    path = given.output or ROOT / "samples" / "bench" / default
+    results = json.loads(path.read_text()) if given.only and path.is_file() else {}
+    for part in [given.only] if given.only else PARTS:
+        results[part] = measured(part, given)
     name = torch.cuda.get_device_name() if given.full else "CPU"
     results["ran_on"] = f"{name}, {platform.machine()}, torch {torch.__version__}"
     results["threads"] = torch.get_num_threads()
-    default = "text-quick.json" if given.quick else "text-full.json" if given.full else "text.json"
-    path = given.output or ROOT / "samples" / "bench" / default
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
