@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffdistill.answering import ANSWERS_PER_PROMPT, Draft, Prompt
 from diffdistill.data.problems import Problem, settle
-from diffdistill.data.questions import read_questions
+from diffdistill.data.questions import Shown, read_questions
+from diffdistill.data.records import PictureFile
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
@@ -44,9 +45,17 @@ def questions_of(session: Session) -> list[Example]:
     return list(distinct.values())[: settings.num_prompts]
 
 
-def question(text: str) -> Example:
-    """Return a question that somebody typed."""
-    return Example(text, messages=({"role": "user", "content": text},))
+def question(text: str, images: Sequence[Path] = ()) -> Example:
+    """Return a question that somebody typed, about pictures in files or about none.
+
+    Raises:
+        UserError: If a file is not there.
+    """
+    for path in images:
+        if not path.is_file():
+            raise UserError(f"--image {path}: there is no such file")
+    pictures = tuple(Shown(PictureFile(path)) for path in images)
+    return Example(text, messages=({"role": "user", "content": text},), pictures=pictures)
 
 
 def as_prompt(example: Example) -> Prompt:
