@@ -112,7 +112,7 @@ class CausalLM(NetworkFamily):
             more=self.told_besides(network, condition),
         )
 
-    def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Tensor]:
+    def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Any]:
         """Return what a network is told besides the tokens of a prompt: nothing, for text alone."""
         return {}
 

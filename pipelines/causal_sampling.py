@@ -90,7 +90,7 @@ def sample_answers(
     pad_id: int,
     words: int,
     watch: Callable[[Tensor], None] | None = None,
-    more: Mapping[str, Tensor] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Answers:
     """Return answers ``[B, A]``, A being the length of the longest, without dropout.
 

@@ -77,4 +77,3 @@ class PictureQuestions(Questions):
             with located(example.origin):
                 self._check_length(length, reader, exposure)
         return told
-

@@ -127,7 +127,7 @@ class VLM(CausalLM):
                 add_special_tokens=not written,
                 return_tensors="pt",
             )
-        found = {name: value.to(self.device) for name, value in made.items()}
+        found = dict(made.to(self.device))
         seen = found.pop("attention_mask")
         return {
             "prompt": found.pop("input_ids"),
@@ -137,11 +137,13 @@ class VLM(CausalLM):
 
     # what roles ask
 
-    def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Tensor]:
+    def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Any]:
         """Return what the processor made of pictures, in the network's type."""
         kind = loading.input_dtype(network)
         return {
-            name: value.to(kind) if value.is_floating_point() else value
+            name: value.to(kind)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
             for name, value in condition.get("seen", {}).items()
         }
 
@@ -165,7 +167,9 @@ class VLM(CausalLM):
         """Return the arguments of a call; what there is one of for each token is filled up."""
         shape = condition["prompt"].shape if "prompt" in condition else None
         more = {
-            name: pad(value, (0, tokens.shape[1] - value.shape[1])) if value.shape == shape else value
+            name: pad(value, (0, tokens.shape[1] - value.shape[1]))
+            if isinstance(value, Tensor) and value.shape == shape
+            else value
             for name, value in self.told_besides(network, condition).items()
         }
         seen = positions_in(tokens) >= pads[:, None]

@@ -89,7 +89,7 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(eyes=3, hidden=128, layers=3, heads=4, inner=352, steps=800),
+    "teacher": Recipe(eyes=3, hidden=96, layers=3, heads=3, inner=256, steps=1500),
     "student": Recipe(eyes=1, hidden=64, layers=2, heads=2, inner=176, steps=250),
 }
 
@@ -186,9 +186,7 @@ def prompt_of(question: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return tokenizer(text.replace(SPECIALS[5], SPECIALS[5] * PLACES))["input_ids"]
 
 
-def losses(
-    network: Any, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
-) -> Iterator[Tensor]:
+def losses(network: Any, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[Tensor]:
     """Yield the loss of the next token, of answers alone, of one batch after the other."""
     source = digit_questions(recipe.seed + 100)
     prompts = {kind: prompt_of(f"{kind}?", tokenizer) for kind in KINDS}
@@ -211,7 +209,10 @@ def losses(
 def train(part: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Any:
     """A trained network."""
     network = build_network(recipe, tokenizer).train()
-    optimizers, source = Optimizers(network, recipe, recipe.steps), losses(network, tokenizer, recipe)
+    optimizers, source = (
+        Optimizers(network, recipe, recipe.steps),
+        losses(network, tokenizer, recipe),
+    )
     start, recent = time.perf_counter(), list[float]()
     for number in range(1, recipe.steps + 1):
         loss = next(source)
@@ -295,7 +296,9 @@ WHAT = {
 }
 
 
-def write_card(folder: Path, part: str, recipe: Recipe, count: int, known: Mapping[str, Any]) -> None:
+def write_card(
+    folder: Path, part: str, recipe: Recipe, count: int, known: Mapping[str, Any]
+) -> None:
     """Measures a saved model, and writes its card."""
     table = measure(folder, count)
     print(folder.name, {name: round(value, 3) for name, value in table.items()}, flush=True)

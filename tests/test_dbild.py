@@ -52,13 +52,12 @@ def test_dbild_is_its_formula_written_out_pair_by_pair(kind: Any, leaders: Leade
     student, teacher = logits_of(0), logits_of(1).detach()
     found = dbild(student, teacher, leaders=leaders, divergence=kind, temperature=2.0)
     expected = torch.stack(
-        [
-            written_out(s, t, leaders, 2.0, kind)
-            for s, t in zip(student, teacher, strict=True)
-        ]
+        [written_out(s, t, leaders, 2.0, kind) for s, t in zip(student, teacher, strict=True)]
     )
     torch.testing.assert_close(found["divergence"], expected)
-    ours, theirs = (torch.autograd.grad(x.sum(), student)[0] for x in (found["divergence"], expected))
+    ours, theirs = (
+        torch.autograd.grad(x.sum(), student)[0] for x in (found["divergence"], expected)
+    )
     torch.testing.assert_close(ours, theirs)
     for side in ("teacher_leaders", "student_leaders"):
         assert found[side].ge(leaders.fewest_leaders).all()

@@ -115,7 +115,9 @@ def test_a_term_alone_is_what_it_is_in_the_sum(term: str) -> None:
 def test_the_switched_term_trains_the_students_eyes_and_nothing_else() -> None:
     method = alone("switch_weight")
     only_loss(method, question_batch(3)).value.backward()
-    reached = {n for n, p in method.student.named_parameters() if p.grad is not None and p.grad.any()}
+    reached = {
+        n for n, p in method.student.named_parameters() if p.grad is not None and p.grad.any()
+    }
     assert reached == {"eyes"}
     assert all(p.grad is None for p in method.teacher.parameters())
 

@@ -29,13 +29,14 @@ from diffdistill.types import Example, State
 from tests import tiny
 from tests.conftest import CPU
 from tests.tiny_text import save_lm
-from tests.tiny_vlm import picture, save_seeing_world
+from tests.tiny_vlm import picture, save_onevision, save_seeing_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_seeing_world(tmp_path_factory.mktemp("seeing"))
     tiny.save_vlm(folder / "qwen")
+    save_onevision(folder / "onevision")
     return folder
 
 
@@ -77,7 +78,7 @@ def own_inputs(folder: Path, examples: Sequence[Example]) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["student", "qwen"])
+@pytest.mark.parametrize("name", ["student", "onevision", "qwen"])
 def test_logits_about_answers_are_those_of_the_networks_own_call(name: str, world: Path) -> None:
     read, examples = reader_of(world, name), asked(world)
     network: Any = read.student.network()
@@ -98,7 +99,7 @@ def test_logits_about_answers_are_those_of_the_networks_own_call(name: str, worl
         torch.testing.assert_close(found[row, :count], logits[:count], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["student", "qwen"])
+@pytest.mark.parametrize("name", ["student", "onevision", "qwen"])
 def test_greedy_answers_are_those_of_transformers(name: str, world: Path) -> None:
     read, examples = reader_of(world, name), asked(world)
     network: Any = read.student.network()
@@ -166,8 +167,12 @@ def test_the_switched_route_is_the_teachers_parts_on_the_students_features(world
     assert (found - own).abs().max() > 1e-2
 
 
-def test_a_networks_own_sight_gives_its_own_prediction_without_its_encoder(world: Path) -> None:
-    read, student, _, batch = both(world)
+@pytest.mark.parametrize("name", ["student", "onevision"])
+def test_a_networks_own_sight_gives_its_own_prediction_without_its_encoder(
+    name: str, world: Path
+) -> None:
+    read = reader_of(world, name)
+    student, batch = read.student.network(), read.collate(asked(world), range(4))
     told, state = read.condition(batch), read.state(read.given(batch))
     looks: list[int] = []
     student.model.vision_tower.register_forward_hook(lambda *_: looks.append(1))
@@ -249,7 +254,9 @@ def test_a_batch_without_pictures_cannot_be_switched_but_can_be_answered(world: 
     read, network = reader_of(world), family_of(world).network()
     batch = read.collate(asked(world, image_column=None), range(4))
     told = read.condition(batch)
-    assert dense(read.student.predict(network, read.state(read.given(batch)), told)).isfinite().all()
+    assert (
+        dense(read.student.predict(network, read.state(read.given(batch)), told)).isfinite().all()
+    )
     with pytest.raises(UserError, match="there is no picture in this batch"):
         read.student.encode(network, told)
 
@@ -259,7 +266,9 @@ def test_a_text_model_cannot_be_asked_about_pictures(world: Path, tmp_path: Path
     text = CausalLM(path=str(tmp_path), device=CPU)
     with pytest.raises(UserError, match=r"jsonl:1: a question about a picture.*family vlm"):
         Questions(text, text, Asking()).usable(asked(world)[0])
-    with pytest.raises(UserError, match=r"needs an image-text-to-text model, found Qwen3ForCausalLM"):
+    with pytest.raises(
+        UserError, match=r"needs an image-text-to-text model, found Qwen3ForCausalLM"
+    ):
         VLM(path=str(tmp_path), device=CPU).network()
 
 
@@ -284,9 +293,7 @@ def test_pictures_are_read_from_files_cells_and_lists(world: Path, tmp_path: Pat
         (3, "malformed picture: neither a path nor an image: 3"),
     ],
 )
-def test_a_picture_that_is_not_there_is_a_bad_example(
-    cell: Any, told: str, tmp_path: Path
-) -> None:
+def test_a_picture_that_is_not_there_is_a_bad_example(cell: Any, told: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps({"image": cell, "text": "a?", "answer": "1"}))
     problems: list[Problem] = []
     assert not list(read_questions(DataSettings(path=str(tmp_path / "q.jsonl")), Path(), problems))
@@ -301,7 +308,9 @@ def test_a_damaged_picture_and_a_long_prompt_are_named(world: Path) -> None:
     (example,) = asked(world, path=str(file))
     with pytest.raises(UserError, match=r"broken\.jsonl:1: cannot read a picture: cannot identify"):
         reader_of(world).usable(example)
-    with pytest.raises(UserError, match=r"student's prompt has \d+ tokens, and data.max_prompt is 9"):
+    with pytest.raises(
+        UserError, match=r"student's prompt has \d+ tokens, and data.max_prompt is 9"
+    ):
         reader_of(world, max_prompt=9).usable(asked(world)[0])
 
 

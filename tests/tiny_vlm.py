@@ -93,6 +93,63 @@ def save_llava(
     return folder
 
 
+def save_onevision(folder: Path, *, seed: int = 0, eyes: int = 2) -> Path:
+    """Save a LLaVA-OneVision: pictures are cut into tiles, and packed after the projector."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer = vlm_tokenizer("<video>")
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=eyes,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=1,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    tiles = [[8, 8], [8, 16], [16, 8], [16, 16]]
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=2,
+        video_token_index=3,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=tiles,
+    )
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(str(folder))
+    size = {"height": 8, "width": 8}
+    LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiles),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+    ).save_pretrained(str(folder))
+    return folder
+
+
 def picture(seed: int, side: int = 12) -> bytes:
     """Return a PNG file of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
