@@ -1,8 +1,8 @@
 """DBiLD: how far apart two sides order their most likely tokens (Switch-KD, arXiv:2604.14629).
 
-It compares differences of logits, not probabilities: of each pair among a few leading tokens, by how
-much one is ahead of the other. Twice, because each side leads once. How many tokens lead is where
-the leader's sorted logits bend (Kneedle, Satopaa et al. 2011).
+It compares differences of logits, not probabilities: of each pair among a few leading tokens, by
+how much one is ahead of the other. Twice, because each side leads once. How many tokens lead is
+where the leader's sorted logits bend (Kneedle, Satopaa et al. 2011).
 """
 
 from dataclasses import dataclass

@@ -72,7 +72,7 @@ class Caller(Protocol):
         """Return the canonical prediction of ``network``."""
         ...
 
-    def encode(self, network: nn.Module, condition: Condition) -> Sight:
+    def look(self, network: nn.Module, condition: Condition) -> Sight:
         """Return what the vision encoder of ``network`` makes of the pictures of ``condition``."""
         ...
 
@@ -122,10 +122,10 @@ class Role:
             found = self.family.predict(self.network, state, condition)
             return found.float() if isinstance(found, Tensor) else found
 
-    def encode(self, condition: Condition) -> Sight:
+    def look(self, condition: Condition) -> Sight:
         """Return what this role's vision encoder makes of the pictures of ``condition``."""
         with self.acting(next(self.network.parameters()).device):
-            return self.family.encode(self.network, condition)
+            return self.family.look(self.network, condition)
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""

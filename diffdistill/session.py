@@ -271,8 +271,8 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
             max_answer=data.max_answer,
             skip=data.on_error == "skip",
         )
-        reading = PictureQuestions if isinstance(family, VLM) else Questions
-        return reading(family, others.get("teacher", family), asking)
+        kind = PictureQuestions if isinstance(family, VLM) else Questions
+        return kind(family, others.get("teacher", family), asking)
     if isinstance(family, LanguageFamily):
         teacher = others.get("teacher", family)
         assert isinstance(teacher, LanguageFamily)

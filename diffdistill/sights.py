@@ -57,6 +57,6 @@ class SeeingModel(Protocol):
         """Return the prediction at ``state`` under ``condition``."""
         ...
 
-    def encode(self, condition: Condition) -> Sight:
+    def look(self, condition: Condition) -> Sight:
         """Return what its vision encoder makes of the pictures of a condition."""
         ...

@@ -33,7 +33,7 @@ class ModelFamily(ABC):
     def predict(self, network: nn.Module, state: State, condition: Condition) -> Prediction:
         """Return what ``network`` predicts at ``state``: a velocity, or logits (see ``Model``)."""
 
-    def encode(self, network: nn.Module, condition: Condition) -> Sight:
+    def look(self, network: nn.Module, condition: Condition) -> Sight:
         """Return what the vision encoder of ``network`` makes of the pictures of ``condition``.
 
         Raises:

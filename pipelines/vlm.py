@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -180,7 +179,7 @@ class VLM(CausalLM):
             **more,
         }
 
-    def encode(self, network: nn.Module, condition: Condition) -> Sight:
+    def look(self, network: nn.Module, condition: Condition) -> Sight:
         """Return what the vision encoder makes of the pictures; see ``three_parts.encoded``.
 
         Raises:

@@ -266,10 +266,10 @@ handwritten digits: {what}.
 
 Made by `scripts/build_vlm_models.py` (seed {seed}), from scratch and offline: {parameters:.2f} M
 parameters stored in float16; a CLIP vision encoder of 64 channels with patches of {patch}x{patch}
-(36 places of a picture of 24x24), LLaVA's projector, a Qwen3 of {hidden} channels, and a tokenizer of
-single bytes. {steps} steps of {batch} questions, none of them twice; matrices by Muon, the rest by
-AdamW. `digits-vlm-student` and `digits-vlm-teacher` share tokenizer, image processor and the width of
-their vision encoders, so that the student's features go through the teacher's projector.
+(36 places of a picture of 24x24), LLaVA's projector, a Qwen3 of {hidden} channels, and a tokenizer
+of single bytes. {steps} steps of {batch} questions, none of them twice; matrices by Muon, the rest
+by AdamW. `digits-vlm-student` and `digits-vlm-teacher` share tokenizer, image processor and the
+width of their vision encoders, so that the student's features go through the teacher's projector.
 
 ```yaml
 family: {{name: vlm, path: "bundled:{name}"}}
@@ -277,21 +277,21 @@ family: {{name: vlm, path: "bundled:{name}"}}
 
 ## Measured
 
-From the saved float16 weights: the share of right greedy answers to {count} held-out questions, about
-scans that were in no picture of training.
+From the saved float16 weights: the share of right greedy answers to {count} held-out questions,
+about scans that were in no picture of training.
 
 {table}
 
 ## Data and license
 
 The scans are those of scikit-learn's `load_digits`, a copy of the test set of the UCI "Optical
-Recognition of Handwritten Digits" data (E. Alpaydin and C. Kaynak, CC BY 4.0). Pictures and questions
-are ours ([data](../../data/README.md)), and so are the weights, under Apache-2.0.
+Recognition of Handwritten Digits" data (E. Alpaydin and C. Kaynak, CC BY 4.0). Pictures and
+questions are ours ([data](../../data/README.md)), and so are the weights, under Apache-2.0.
 """
 
 WHAT = {
-    "student": "the student of `switch-kd/digits`, before any distillation, and wrong more often than "
-    "its [teacher](../digits-vlm-teacher/README.md)",
+    "student": "the student of `switch-kd/digits`, before any distillation, and wrong more often "
+    "than its [teacher](../digits-vlm-teacher/README.md)",
     "teacher": "the teacher of [digits-vlm-student](../digits-vlm-student/README.md)",
 }
 

@@ -30,13 +30,13 @@ class Seer(Network):
         self.eyes = nn.Parameter(torch.randn(4, 4, generator=generator(seed + 20)))
         self.places, self.looks = places, 0
 
-    def encode(self, condition: Condition) -> Sight:
+    def look(self, condition: Condition) -> Sight:
         self.looks += 1
         features = condition["told"].to(self.eyes.dtype) @ self.eyes
         return Sight(features[:, None].repeat(1, self.places, 1), "output")
 
     def forward(self, state: State, condition: Condition) -> Any:
-        sight = condition["sight"] if "sight" in condition else self.encode(condition)
+        sight = condition["sight"] if "sight" in condition else self.look(condition)
         return super().forward(state, {**condition, "told": sight.features[:, 0]})
 
 
@@ -65,7 +65,7 @@ def composed(method: Any, batch: Batch) -> dict[str, Tensor]:
     student, teacher = method.student, method.teacher
     answers = method.family.given(batch)
     state, told = method.family.state(answers), method.family.condition(batch)
-    seen = student.encode(told)
+    seen = student.look(told)
     routes = {
         "student": student(state, told),
         "teacher": teacher(state, told),

@@ -148,8 +148,8 @@ def both(world: Path, teacher: str = "teacher") -> tuple[Any, Any, Any, Any]:
 def test_the_switched_route_is_the_teachers_parts_on_the_students_features(world: Path) -> None:
     read, student, teacher, batch = both(world)
     told, theirs = read.condition(batch), read.condition(batch, reader="teacher")
-    sight = read.student.encode(student, told)
-    switched = read.seeing(theirs, sight.through(read.teacher.encode(teacher, theirs)))
+    sight = read.student.look(student, told)
+    switched = read.seeing(theirs, sight.through(read.teacher.look(teacher, theirs)))
     answers = read.given(batch)
     found = dense(read.teacher.predict(teacher, read.state(answers), switched))
     # by hand, from the modules
@@ -179,7 +179,7 @@ def test_a_networks_own_sight_gives_its_own_prediction_without_its_encoder(
     layers: list[int] = []
     student.model.language_model.layers[0].register_forward_hook(lambda *_: layers.append(1))
     plain = dense(read.student.predict(student, state, told))
-    sight = read.student.encode(student, told)
+    sight = read.student.look(student, told)
     assert (len(looks), len(layers)) == (2, 1)  # the language model is not asked to encode
     again = dense(read.student.predict(student, state, read.seeing(told, sight)))
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
@@ -192,8 +192,8 @@ def test_gradients_go_through_the_frozen_teacher_to_the_students_encoder(world: 
     student.requires_grad_(True)
     told, theirs = read.condition(batch), read.condition(batch, reader="teacher")
     with torch.no_grad():
-        at = read.teacher.encode(teacher, theirs)
-    sight = read.student.encode(student, told)
+        at = read.teacher.look(teacher, theirs)
+    sight = read.student.look(student, told)
     switched = read.seeing(theirs, sight.through(at))
     state = read.state(read.given(batch))
     dense(read.teacher.predict(teacher, state, switched)).square().mean().backward()
@@ -215,8 +215,8 @@ def test_encoders_of_another_width_or_grid_are_refused(
     teacher: str, told: str, world: Path
 ) -> None:
     read, student, other, batch = both(world, teacher)
-    ours = read.student.encode(student, read.condition(batch))
-    theirs = read.teacher.encode(other, read.condition(batch, reader="teacher"))
+    ours = read.student.look(student, read.condition(batch))
+    theirs = read.teacher.look(other, read.condition(batch, reader="teacher"))
     with pytest.raises(UserError, match=told):
         ours.through(theirs)
 
@@ -240,14 +240,14 @@ def test_models_without_the_parts_say_what_they_consist_of(world: Path) -> None:
     read = reader_of(world, "qwen")
     told = read.condition(read.collate(asked(world), range(4)))
     with pytest.raises(UserError, match=r"0 modules called 'vision_tower'.*visual, language_model"):
-        read.student.encode(read.student.network(), told)
+        read.student.look(read.student.network(), told)
     network = family_of(world).network()
     wrong = family_of(world, projector="nowhere")
     with pytest.raises(UserError, match=r"name one in family\.projector"):
-        wrong.encode(network, reader_of(world).condition(read.collate(asked(world), range(4))))
+        wrong.look(network, reader_of(world).condition(read.collate(asked(world), range(4))))
     text = CausalLM(path="", device=CPU)
     with pytest.raises(UserError, match="CausalLM has no vision encoder to switch"):
-        text.encode(network, {})
+        text.look(network, {})
 
 
 def test_a_batch_without_pictures_cannot_be_switched_but_can_be_answered(world: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_batch_without_pictures_cannot_be_switched_but_can_be_answered(world: 
         dense(read.student.predict(network, read.state(read.given(batch)), told)).isfinite().all()
     )
     with pytest.raises(UserError, match="there is no picture in this batch"):
-        read.student.encode(network, told)
+        read.student.look(network, told)
 
 
 def test_a_text_model_cannot_be_asked_about_pictures(world: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A picture holds two or three scans of scikit-learn's digits (8x8) from left to right, each at a
 height of its own, on a black ground of 24x24 pixels. A question asks for what can be read off them,
-or worked out; the answer is a number, or all of them. Everything but the scans is ours. The rows that ship with the
-package were made by `scripts/make_digit_questions.py`.
+or worked out; the answer is a number, or all of them. Everything but the scans is ours. The rows
+that ship with the package were made by `scripts/make_digit_questions.py`.
 """
 
 import io

@@ -233,6 +233,7 @@ class Comparing(Selecting, Ranking):
         self, attempt: Attempt, theirs: Prediction | TopK, chosen: Tensor, support: Support
     ) -> dict[str, Tensor]:
         assert self.divergence != "sampled"
+        assert self.divergence != "dbild"
         return truncated_divergence(
             attempt.prediction,
             theirs,

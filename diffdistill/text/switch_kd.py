@@ -116,9 +116,9 @@ class SwitchKD(Ranking):
         Raises:
             UserError: If the encoders do not fit, or nothing of the student's is trained.
         """
-        ours = self.student.encode(told)
+        ours = self.student.look(told)
         with torch.no_grad():
-            theirs = self.teacher.encode(asked)
+            theirs = self.teacher.look(asked)
         if torch.is_grad_enabled() and not ours.features.requires_grad:
             raise UserError(
                 "nothing of the student's vision encoder is trained, so the switched term teaches "
