@@ -44,7 +44,7 @@ def parts_of(network: nn.Module, encoder: str, projector: str) -> Parts:
 def _module(network: nn.Module, option: str, name: str) -> nn.Module:
     found = [m for path, m in network.named_modules() if f".{path}".endswith(f".{name}")]
     if len(found) != 1:
-        children = dict(network.base_model.named_children())  # type: ignore[operator,union-attr]
+        children = dict(network.base_model.named_children())  # type: ignore[union-attr]
         raise UserError(
             f"{type(network).__name__} has {len(found)} modules called {name!r}: name one in "
             f"family.{option}; it consists of {', '.join(children)}"

@@ -95,7 +95,7 @@ def _drawn(
     free = (SIDE - SCAN * len(digits)) // GRID
     shifts = sorted(generator.integers(0, free + 1, len(digits)).tolist())
     for place, (digit, shift) in enumerate(zip(digits, shifts, strict=True)):
-        scan = known[digit][generator.integers(len(known[digit]))]
+        scan = known[digit][int(generator.integers(len(known[digit])))]
         top = GRID * int(generator.integers(0, (SIDE - SCAN) // GRID + 1))
         left = SCAN * place + GRID * shift
         picture[top : top + SCAN, left : left + SCAN] = scan
