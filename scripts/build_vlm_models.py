@@ -89,7 +89,7 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(eyes=3, hidden=96, layers=3, heads=3, inner=256, steps=1500),
+    "teacher": Recipe(eyes=3, hidden=96, layers=3, heads=3, inner=256, steps=600),
     "student": Recipe(eyes=1, hidden=64, layers=2, heads=2, inner=176, steps=250),
 }
 
