@@ -1,6 +1,6 @@
 """What DBiLD costs for each token at its cap, as a ratio to the plain KL within one run.
 
-    python scripts/bench/dbild.py          # V = 151,936, H = 896, 256 tokens, on the CPU
+    python scripts/bench/dbild.py          # V = 151,936, H = 896, 64 tokens, on the CPU
     python scripts/bench/dbild.py --full   # the same with 4,096 tokens on a GPU, in bfloat16
     python scripts/bench/dbild.py --quick  # a small vocabulary, to see that it runs
 
@@ -49,7 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     device, dtype = ("cuda", torch.bfloat16) if given.full else ("cpu", torch.float32)
     words, width = (2048, 64) if given.quick else (VOCABULARY, 896)
-    tokens = given.tokens or (32 if given.quick else 4096 if given.full else 256)
+    tokens = given.tokens or (32 if given.quick else 4096 if given.full else 64)
     rounds = 1 if given.quick else given.rounds
     case = Case.random(tokens, words, width, device, dtype)
     found: dict[str, Any] = {
