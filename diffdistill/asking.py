@@ -12,11 +12,11 @@ from torch import Tensor
 
 from diffdistill.answering import ANSWERS_PER_PROMPT, Draft, Prompt
 from diffdistill.data.problems import Problem, settle
-from diffdistill.data.questions import read_questions
+from diffdistill.data.questions import Shown, read_questions
+from diffdistill.data.records import PictureFile
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
-from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.roles import Role
 from diffdistill.rollouts import Sampling
 from diffdistill.sample_settings import AnswerSampleSettings
@@ -45,9 +45,17 @@ def questions_of(session: Session) -> list[Example]:
     return list(distinct.values())[: settings.num_prompts]
 
 
-def question(text: str) -> Example:
-    """Return a question that somebody typed."""
-    return Example(text, messages=({"role": "user", "content": text},))
+def question(text: str, images: Sequence[Path] = ()) -> Example:
+    """Return a question that somebody typed, about pictures in files or about none.
+
+    Raises:
+        UserError: If a file is not there.
+    """
+    for path in images:
+        if not path.is_file():
+            raise UserError(f"--image {path}: there is no such file")
+    pictures = tuple(Shown(PictureFile(path)) for path in images)
+    return Example(text, messages=({"role": "user", "content": text},), pictures=pictures)
 
 
 def as_prompt(example: Example) -> Prompt:
@@ -76,18 +84,21 @@ def reply(
     """
     reader: Reader = "teacher" if role.name == "teacher" else "student"
     family, read = writer(role), questions(session)
-    prompts = [read.prompt(example, reader=reader) for example in asked]
+    for example in asked:  # before any is written
+        read.prompt(example, reader=reader)
     tasks = [(index, j) for index in range(len(asked)) for j in range(settings.num_answers)]
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.top_k)
     draws = Draws(settings.seed)
     for start in range(0, len(tasks), settings.batch_size):
         batch = tasks[start : start + settings.batch_size]
-        ids = torch.tensor([i * ANSWERS_PER_PROMPT + j for i, j in batch], device=family.device)
-        told = prompt_condition([prompts[index] for index, _ in batch], family)
+        rows = read.collate(
+            [asked[index] for index, _ in batch], [i * ANSWERS_PER_PROMPT + j for i, j in batch]
+        )
+        told = read.condition(rows, reader=reader)
         heard = None if watch is None else _Growing(batch, family.end_ids, watch)
         with torch.no_grad(), role.acting(family.device):
             found = family.sample(
-                role.network, told, ids, sampling, draws, purpose="answer", watch=heard
+                role.network, told, rows["ids"], sampling, draws, purpose="answer", watch=heard
             )
         for (index, number), tokens, mask in zip(batch, found.tokens, found.mask, strict=True):
             yield Draft(index, number, tokens[mask].tolist(), done=True)

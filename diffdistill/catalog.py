@@ -37,6 +37,7 @@ METHODS = {
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
+    "switch-kd": "diffdistill.text.switch_kd:SwitchKD",
     "tide": "diffdistill.methods.tide:Tide",
     "uld": "diffdistill.methods.uld:ULD",
 }
@@ -49,6 +50,7 @@ FAMILIES = {
     "mdlm": "diffdistill.pipelines.mdlm:MDLM",
     "server": "diffdistill.pipelines.server:Server",
     "toy": "diffdistill.pipelines.toy:Toy",
+    "vlm": "diffdistill.pipelines.vlm:VLM",
     "wan": "diffdistill.pipelines.wan:Wan",
     "wan-streaming": "diffdistill.pipelines.wan_streaming:WanStreaming",
     "wedlm": "diffdistill.pipelines.wedlm:WeDLM",
@@ -60,6 +62,7 @@ REWARDS = {
     "boxed": "diffdistill.rewards.boxed:Boxed",
     "clip": "diffdistill.rewards.clip:Clip",
     "digits-video": "diffdistill.rewards.digits_video:DigitsVideo",
+    "exact": "diffdistill.rewards.exact:Exact",
     "hps-v2": "diffdistill.rewards.hps_v2:HPSv2",
     "json-answer": "diffdistill.rewards.json_answer:JsonAnswer",
     "pickscore": "diffdistill.rewards.pickscore:PickScore",

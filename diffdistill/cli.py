@@ -62,6 +62,9 @@ def sample(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw, or to ask; repeatable.")
     ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that each --prompt is about; repeatable.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; of texts, those of each block.")
     ] = None,
@@ -137,9 +140,10 @@ def sample(
         _refuse(masked | {"steps": steps}, f"for masked diffusion, and {source} is autoregressive")
         given = words | {"seed": seed, "top_k": top_k}
         changes += [f"sample.{k}={v}" for k, v in given.items() if v is not None]
-        sample_answers(source, compare=models, overrides=changes, **options)
+        sample_answers(source, compare=models, overrides=changes, images=image or [], **options)
         return
-    _refuse({"top_k": top_k}, f"for autoregressive models, and {source} is of none")
+    own = {"top_k": top_k, "image": image or None}
+    _refuse(own, f"for autoregressive models, and {source} is of none")
     if kind == "texts":
         from diffdistill.commands.sample_text import sample_text
 

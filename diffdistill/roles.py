@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
 from diffdistill.errors import UserError
 from diffdistill.projection import Prediction
+from diffdistill.sights import Sight
 from diffdistill.types import Condition, State
 
 
@@ -71,6 +72,10 @@ class Caller(Protocol):
         """Return the canonical prediction of ``network``."""
         ...
 
+    def look(self, network: nn.Module, condition: Condition) -> Sight:
+        """Return what the vision encoder of ``network`` makes of the pictures of ``condition``."""
+        ...
+
     def features(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
         """Return features ``[B, N, D]`` of the state's tokens from the middle of ``network``."""
         ...
@@ -116,6 +121,11 @@ class Role:
         with self.acting(state.x.device):
             found = self.family.predict(self.network, state, condition)
             return found.float() if isinstance(found, Tensor) else found
+
+    def look(self, condition: Condition) -> Sight:
+        """Return what this role's vision encoder makes of the pictures of ``condition``."""
+        with self.acting(next(self.network.parameters()).device):
+            return self.family.look(self.network, condition)
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""

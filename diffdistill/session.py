@@ -19,10 +19,12 @@ from diffdistill.pipelines.engines import Engine
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.model_family import ModelFamily
+from diffdistill.pipelines.picture_questions import PictureQuestions
 from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.text_pair import Reading, TextPair
 from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.pipelines.vlm import VLM
 from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
 from diffdistill.text.comparing import Comparing
@@ -282,7 +284,8 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
             max_answer=data.max_answer,
             skip=data.on_error == "skip",
         )
-        return Questions(family, others.get("teacher", family), asking, build_engine(config))
+        kind = PictureQuestions if isinstance(family, VLM) else Questions
+        return kind(family, others.get("teacher", family), asking, build_engine(config))
     if isinstance(family, LanguageFamily):
         teacher = others.get("teacher", family)
         assert isinstance(teacher, LanguageFamily)

@@ -54,9 +54,9 @@ def top_logprobs(
         mask: bool ``[...]``, rows to compute; the others are 0.
         temperature: Logits are divided by it.
     """
-    rows = _Rows(prediction_rows(prediction).shape[:-1], mask)
+    rows = Rows(prediction_rows(prediction).shape[:-1], mask)
     extra = None if tokens is None else rows.flat(tokens[..., None])
-    found = _picked(prediction, rows, k, extra=extra, temperature=temperature)
+    found = picked(prediction, rows, k, extra=extra, temperature=temperature)
     logprobs, *last = found.logprobs.split(k, dim=-1)
     answer = rows.spread(last[0][:, 0]) if last else None
     return TopK(rows.spread(found.top), rows.spread(logprobs), answer)
@@ -79,8 +79,8 @@ def logprobs_at(
         mask: bool ``[...]``, rows to compute; the others are 0.
         temperature: Logits are divided by it.
     """
-    rows = _Rows(prediction_rows(prediction).shape[:-1], mask)
-    found = _picked(prediction, rows, 0, ids=rows.flat(ids), temperature=temperature)
+    rows = Rows(prediction_rows(prediction).shape[:-1], mask)
+    found = picked(prediction, rows, 0, ids=rows.flat(ids), temperature=temperature)
     return rows.spread(found.logprobs)
 
 
@@ -152,25 +152,25 @@ def truncated_divergence(
         )
     sizes = {vocabulary(side) for side in (student, teacher) if not isinstance(side, TopK)}
     assert len(sizes) == 1 or shared, f"vocabularies of {sizes}; set shared"
-    rows = _Rows(prediction_rows(student).shape[:-1], mask)
+    rows = Rows(prediction_rows(student).shape[:-1], mask)
     extra = rows.flat(tokens[..., None]) if tokens is not None and correction == "hybrid" else None
 
-    def picked(side: Prediction, ids: Tensor | None) -> _Picks:
-        return _picked(
+    def picks(side: Prediction, ids: Tensor | None) -> Picks:
+        return picked(
             side, rows, k, ids=ids, extra=extra, temperature=temperature, shared=shared
         )  # fmt: skip
 
     if isinstance(teacher, TopK):
         theirs = _given(teacher, rows, k, extra is not None)
-        ours = picked(student, theirs.top)
+        ours = picks(student, theirs.top)
     elif support == "student":
-        ours = picked(student, None)
+        ours = picks(student, None)
         with torch.no_grad():
-            theirs = picked(teacher, ours.top)
+            theirs = picks(teacher, ours.top)
     else:
         with torch.no_grad():
-            theirs = picked(teacher, None)
-        ours = picked(student, theirs.top)
+            theirs = picks(teacher, None)
+        ours = picks(student, theirs.top)
     common = (theirs.top[:, :, None] == ours.top[:, None, :]).any(-1)
     on = _Support(
         ids=ours.top if support == "student" else theirs.top,
@@ -223,7 +223,7 @@ def _check(
         )
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Which rows ``[...]`` are computed."""
 
     shape: Sequence[int]
@@ -241,33 +241,45 @@ class _Rows(NamedTuple):
         return spread(values, self.mask, self.shape)
 
 
-class _Picks(NamedTuple):
+class Picks(NamedTuple):
     """Log-probabilities ``[N, K]`` of some tokens, and the most likely tokens ``[N, k]``."""
 
     logprobs: Tensor
     top: Tensor
 
 
-def _picked(
+def picked(
     prediction: Prediction,
-    rows: _Rows,
+    rows: Rows,
     k: int,
     *,
     ids: Tensor | None = None,
     extra: Tensor | None = None,
     temperature: float,
     shared: int | None = None,
-) -> _Picks:
-    """Return log-probabilities of ``ids`` (or else of the top k) and then of ``extra``."""
+) -> Picks:
+    """Return log-probabilities of ``ids`` (or else of the top k) and then of ``extra``.
+
+    From one pass over the vocabulary; they have a graph.
+
+    Args:
+        prediction: Logits, or what they are projected from.
+        rows: The rows that are wanted.
+        k: How many of the most likely tokens.
+        ids: Token ids ``[N, K]``.
+        extra: More token ids ``[N, E]``.
+        temperature: Logits are divided by it.
+        shared: How many first entries of the vocabulary are used; None is all.
+    """
     columns = {"ids": ids, "extra": extra}
     side = side_of(prediction, rows.mask, shared=shared)
     given = {name: column for name, column in columns.items() if column is not None}
-    return _Picks(*streamed(_Picking(k, temperature), side, columns=given))
+    return Picks(*streamed(_Picking(k, temperature), side, columns=given))
 
 
 @dataclass(frozen=True)
 class _Picking:
-    """What ``_Picks`` are made of, as a ``recompute.RowFunction``."""
+    """What ``Picks`` are made of, as a ``recompute.RowFunction``."""
 
     whole_tiles: ClassVar[bool] = False
 
@@ -300,13 +312,13 @@ class _Picking:
         return ids if extra is None else torch.cat([ids, extra], dim=-1)
 
 
-def _given(teacher: TopK, rows: _Rows, k: int, with_answer: bool) -> _Picks:
+def _given(teacher: TopK, rows: Rows, k: int, with_answer: bool) -> Picks:
     """Return what a server gave, as if it was picked here."""
     logprobs = teacher.logprobs.detach()[..., :k]
     if with_answer:
         assert teacher.tokens is not None
         logprobs = torch.cat([logprobs, teacher.tokens.detach()[..., None]], dim=-1)
-    return _Picks(rows.flat(logprobs), rows.flat(teacher.ids[..., :k]))
+    return Picks(rows.flat(logprobs), rows.flat(teacher.ids[..., :k]))
 
 
 class _Support(NamedTuple):

@@ -8,7 +8,7 @@ Shape letters used in this package:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +18,18 @@ Batch: TypeAlias = Mapping[str, Any]
 
 Condition: TypeAlias = Mapping[str, Any]
 """What a model is told besides the state. Only the family that made it reads its keys."""
+
+
+class Picture(Protocol):
+    """A picture that is read when it is needed."""
+
+    def image(self) -> Any:
+        """Return the RGB image, of Pillow.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
+        ...
 
 
 class Example(NamedTuple):
@@ -36,6 +48,7 @@ class Example(NamedTuple):
         text: A plain text.
         solution: Of a question: the worked reference solution, which a teacher may be shown.
         answer: Of a question: the final answer alone, by which answers are verified.
+        pictures: Of a question: the pictures that it is about.
     """
 
     prompt: str
@@ -50,6 +63,7 @@ class Example(NamedTuple):
     text: str | None = None
     solution: str | None = None
     answer: str | None = None
+    pictures: tuple[Picture, ...] = ()
 
     def without_target(self) -> "Example":
         """Return what a student may see of it: size and frames in place of image or video."""

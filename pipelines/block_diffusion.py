@@ -245,9 +245,13 @@ def project(
     if cache is None:
         kwargs["use_cache"] = False
     kwargs |= {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-    hidden = last_hidden(network, kwargs)
-    head: Any = network.get_output_embeddings()  # type: ignore[operator]
-    config: Any = network.config
+    return headed(network, last_hidden(network, kwargs))
+
+
+def headed(network: Any, hidden: Tensor) -> Projection:
+    """Return the logits that a network of transformers makes of its last hidden states."""
+    head: Any = network.get_output_embeddings()
+    config: Any = network.config.get_text_config(decoder=True)
     return Projection(
         hidden,
         head.weight,

@@ -50,9 +50,22 @@ class CausalLM(NetworkFamily):
         """
         prompt, pads = condition["prompt"], condition["pads"]
         tokens = torch.cat([prompt, state.x], 1)[:, :-1]
-        seen = positions_in(tokens) >= pads[:, None]
-        found = project(network, tokens, seen, positions_of(pads, 0, tokens.shape[1]))
+        found = self.projected(network, tokens, pads, condition)
         return self.of_words(found._replace(hidden=found.hidden[:, prompt.shape[1] - 1 :]))
+
+    def projected(
+        self, network: nn.Module, tokens: Tensor, pads: Tensor, condition: Condition
+    ) -> Projection:
+        """Return logits ``[B, L, V]`` at all tokens ``[B, L]``, before the output head.
+
+        Args:
+            network: A causal LM of transformers.
+            tokens: Prompts, padded on the left, and what follows.
+            pads: How much of each row is padding, ``[B]``.
+            condition: What the network is told besides.
+        """
+        seen = positions_in(tokens) >= pads[:, None]
+        return project(network, tokens, seen, positions_of(pads, 0, tokens.shape[1]))
 
     def of_words(self, found: Projection) -> Projection:
         """Return a projection to the tokenizer's words, without what fills up the output head.
@@ -96,7 +109,12 @@ class CausalLM(NetworkFamily):
             pad_id=self.pad_id,
             words=self.words,
             watch=watch,
+            more=self.told_besides(network, condition),
         )
+
+    def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Any]:
+        """Return what a network is told besides the tokens of a prompt: nothing, for text alone."""
+        return {}
 
     def network(self, path: str | None = None) -> nn.Module:
         """Return a freshly loaded network, of this family's checkpoint or of ``path``.
@@ -126,8 +144,7 @@ class CausalLM(NetworkFamily):
         """Refuse a network whose logits are not those of its output head."""
         tokens = torch.tensor([[0, 1]], device=self.device)
         expected = network(input_ids=tokens, use_cache=False).logits.float()
-        positions = positions_in(tokens)[None]
-        found = dense(project(network, tokens, torch.ones_like(tokens).bool(), positions))
+        found = dense(self.projected(network, tokens, torch.zeros_like(tokens[:, 0]), {}))
         error = (found - expected).abs().max()
         if not error <= 0.02 * expected.abs().max() + 1e-3:
             raise UserError(

@@ -1,6 +1,6 @@
 """Answers of causal LMs by transformers' ``generate``, with random numbers keyed by row."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,7 @@ def sample_answers(
     pad_id: int,
     words: int,
     watch: Callable[[Tensor], None] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Answers:
     """Return answers ``[B, A]``, A being the length of the longest, without dropout.
 
@@ -103,6 +104,7 @@ def sample_answers(
         pad_id: Fills up answers; it may be one of ``end_ids``.
         words: Logits that stand for a token.
         watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
+        more: What the network is told besides the prompts, such as pictures.
     """
     choosing = Choosing(sampling, numbers, prompt.shape[1], words, watch)
     with at_rest(network):
@@ -119,6 +121,7 @@ def sample_answers(
             ),
             logits_processor=LogitsProcessorList([choosing]),
             synced_gpus=isinstance(network, FSDPModule),
+            **(more or {}),
         )
     tokens = rows[:, prompt.shape[1] :]
     logprobs = torch.stack(choosing.logprobs[: tokens.shape[1]], 1)

@@ -19,7 +19,7 @@ from diffdistill.pipelines.token_family import TokenFamily
 def export_language_model(
     family: NetworkFamily, network: nn.Module, folder: Path, *, adapter: str | None = None
 ) -> Path:
-    """Write a text model for ``AutoModelForCausalLM`` and ``AutoTokenizer``; return the folder.
+    """Write a text model for transformers, with its tokenizer or processor; return the folder.
 
     The tokenizer has the chat template with which it was trained. Of masked diffusion, it has the
     mask token too, and ``config.json`` says how the model is to be called: ``is_causal`` false,
@@ -65,7 +65,7 @@ def _save_tokenizer(family: TokenFamily, folder: Path) -> None:
     tokenizer = family.tokenizer
     if isinstance(family, LanguageFamily) and tokenizer.mask_token is None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(family.mask_id)
-    tokenizer.save_pretrained(str(folder))
+    family.save_reader(folder)
 
 
 def export_language_lora(

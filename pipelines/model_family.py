@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.projection import Prediction
+from diffdistill.sights import Sight
 from diffdistill.types import Condition, State
 
 
@@ -31,6 +32,16 @@ class ModelFamily(ABC):
     @abstractmethod
     def predict(self, network: nn.Module, state: State, condition: Condition) -> Prediction:
         """Return what ``network`` predicts at ``state``: a velocity, or logits (see ``Model``)."""
+
+    def look(self, network: nn.Module, condition: Condition) -> Sight:
+        """Return what the vision encoder of ``network`` makes of the pictures of ``condition``.
+
+        Raises:
+            UserError: If the family reads no pictures.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no vision encoder to switch: take a family such as vlm"
+        )
 
     def features(self, network: nn.Module, state: State, condition: Condition) -> Tensor:
         """Return features ``[B, N, D]`` of the tokens from the middle of ``network``.

@@ -201,20 +201,33 @@ class Questions:
         Raises:
             UserError: If it is too long, has no solution to show, or its template refuses it.
         """
-        asking, family = self.asking, self.family(reader)
-        thinking = asking.student_thinking
-        if reader == "teacher" and asking.teacher_thinking is not None:
-            thinking = asking.teacher_thinking
+        family = self.family(reader)
         with located(example.origin):
-            messages = self._messages(example, reader, exposure)
-            tokens = prompt_tokens(family, messages, thinking=thinking)
-            if len(tokens) > asking.max_prompt:
-                shown = "" if exposure is None else f" with a share {exposure:.3g} of the solution"
+            if example.pictures:
                 raise UserError(
-                    f"the {reader}'s prompt{shown} has {len(tokens)} tokens, and data.max_prompt "
-                    f"is {asking.max_prompt}"
+                    f"a question about a picture, and {family.path} reads text alone: take the "
+                    "family vlm, or set data.image_column: null"
                 )
+            messages = self._messages(example, reader, exposure)
+            tokens = prompt_tokens(family, messages, thinking=self.thinking(reader))
+            self._check_length(len(tokens), reader, exposure)
         return tokens
+
+    def thinking(self, reader: Reader) -> bool | None:
+        """Return what a reader's chat template is told as ``enable_thinking``."""
+        if reader == "teacher" and self.asking.teacher_thinking is not None:
+            return self.asking.teacher_thinking
+        return self.asking.student_thinking
+
+    def _check_length(self, length: int, reader: Reader, exposure: float | None) -> None:
+        """Refuse a prompt that is too long."""
+        if length <= self.asking.max_prompt:
+            return
+        shown = "" if exposure is None else f" with a share {exposure:.3g} of the solution"
+        raise UserError(
+            f"the {reader}'s prompt{shown} has {length} tokens, and data.max_prompt is "
+            f"{self.asking.max_prompt}"
+        )
 
     def _messages(
         self, example: Example, reader: Reader, exposure: float | None

@@ -93,6 +93,10 @@ class TokenFamily(ModelFamily):
         pad: int | None = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else pad
 
+    def save_reader(self, folder: Path) -> None:
+        """Write the tokenizer, with its template, beside exported weights."""
+        self.tokenizer.save_pretrained(str(folder))
+
     def decoded(self, tokens: Sequence[int]) -> str:
         """Return a text without its special tokens."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -9,6 +9,7 @@ from typing import Any
 from diffdistill.asking import as_prompt, question, questions_of, reply, writer
 from diffdistill.commands.sample_text import Page, answer_row, page_of, write_rows
 from diffdistill.commands.sessions import models, open_session
+from diffdistill.errors import UserError
 from diffdistill.sampling import inference
 
 
@@ -16,6 +17,7 @@ def sample_answers(
     source: str,
     *,
     prompts: Sequence[str] = (),
+    images: Sequence[Path] = (),
     compare: Sequence[str] = ("student",),
     checkpoint: str = "latest",
     output: Path | None = None,
@@ -30,6 +32,7 @@ def sample_answers(
     Args:
         source: A run's folder, or a config (before any training).
         prompts: Questions; none takes ``sample.prompts``, or else the first of the data.
+        images: The pictures that each of ``prompts`` is about.
         compare: Some of base, student, teacher, average.
         checkpoint: Which checkpoint of a run.
         output: A JSON lines file for the rows; None writes none.
@@ -39,9 +42,11 @@ def sample_answers(
     Raises:
         UserError: If a model cannot be asked so.
     """
+    if images and not prompts:
+        raise UserError("--image is what a --prompt is about: give one")
     session = open_session(source, checkpoint, overrides)
     settings = session.config.replies
-    asked = [question(text) for text in prompts] or questions_of(session)
+    asked = [question(text, images) for text in prompts] or questions_of(session)
     chosen = models(session, compare)
     families = {name: writer(role) for name, role in chosen.items()}  # before any is written
     shown = [as_prompt(example) for example in asked]

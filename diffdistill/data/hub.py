@@ -68,7 +68,7 @@ def read_source(settings: DataSettings, root: Path, problems: list[Problem]) -> 
             known = ", ".join(table.column_names)
             hint = "; data.image_column=null reads prompts only" * (column == settings.image_column)
             raise UserError(f"{settings.source} has no column {column!r}, only {known}{hint}")
-    table = _undecoded(table.select_columns(columns))
+    table = undecoded(table.select_columns(columns))
     return collect(lambda row: _record(table, row, root, settings), range(len(table)), problems)
 
 
@@ -94,11 +94,12 @@ def load_source(settings: DataSettings, root: Path, *, streaming: bool = False) 
         raise UserError(f"cannot load data.source {settings.source!r}: {error}") from error
 
 
-def _undecoded(table: Any) -> Any:
+def undecoded(table: Any) -> Any:
+    """Return a table of ``datasets`` whose images are left as they are stored."""
     import datasets
 
     raw = datasets.Image(decode=False)
-    for column, feature in table.features.items():
+    for column, feature in (table.features or {}).items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, raw)
         elif isinstance(getattr(feature, "feature", None), datasets.Image):

@@ -2,14 +2,36 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import Image
+
+from diffdistill.data.images import decode
 from diffdistill.data.problems import Problem
-from diffdistill.data.records import Bad
+from diffdistill.data.records import Bad, Picture, PictureBytes, PictureFile
 from diffdistill.data.settings import DataSettings
 from diffdistill.data.tables import Row
 from diffdistill.data.texts import messages_of, read_examples
+from diffdistill.errors import UserError
 from diffdistill.types import Example
+
+
+class Shown(NamedTuple):
+    """A picture of a question."""
+
+    stored: Picture
+
+    def image(self) -> Image.Image:
+        """Return the RGB image.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
+        try:
+            return decode(self.stored.read())
+        except Exception as error:  # Pillow raises whatever its decoders do
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"cannot read a picture: {told}") from None
 
 
 def read_questions(
@@ -44,8 +66,33 @@ def _question(row: Row, settings: DataSettings) -> list[Example]:
             origin=row.origin,
             solution=solution,
             answer=answer,
+            pictures=_pictures(row, settings.image_column),
         )
     ]
+
+
+def _pictures(row: Row, column: str | None) -> tuple[Shown, ...]:
+    """Return the pictures in a column: files beside the row's own, or what is in the cell itself.
+
+    Raises:
+        Bad: If one is no picture, or is not there.
+    """
+    value = row.values.get(column) if column else None
+    cells = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(Shown(_picture(cell, row.origin)) for cell in cells)
+
+
+def _picture(cell: Any, origin: str) -> Picture:
+    if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
+        return PictureBytes(cell["bytes"])
+    name = cell.get("path") if isinstance(cell, dict) else cell
+    if not isinstance(name, str):
+        raise Bad("malformed picture", origin, f"neither a path nor an image: {str(cell)[:80]}")
+    file = Path(origin.rpartition(":")[0])
+    path = (file.parent if file.is_file() else Path()) / name
+    if not path.is_file():
+        raise Bad("missing picture", origin, f"{path} does not exist")
+    return PictureFile(path)
 
 
 def _chat(chat: Any, origin: str) -> tuple[tuple[Mapping[str, str], ...], str | None]:

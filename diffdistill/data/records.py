@@ -32,6 +32,16 @@ class PictureFile(NamedTuple):
         return self.path.read_bytes()
 
 
+class PictureBytes(NamedTuple):
+    """An image in a cell of a table."""
+
+    content: bytes
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        return self.content
+
+
 class Record(NamedTuple):
     """One example, its images and video not yet read.
 

@@ -29,7 +29,9 @@ class DataSettings:
             a builder ("json", "parquet", "imagefolder", ...) together with ``files``.
         split: The split of ``source`` to read.
         files: The files of ``source``, or one folder.
-        image_column: The column of ``source`` with the target images. None reads prompts only.
+        image_column: The column of ``source`` with the target images; of questions, with the
+            picture or pictures that they are about: paths from the row's file on, or image files in
+            the cells of a parquet file. None reads prompts only.
         prompt_column: The column with the captions, of ``source`` and of metadata files.
         reference_column: The column with the source image or images of an editing pair; where
             it is given, every example must have one. None takes ``reference`` from metadata

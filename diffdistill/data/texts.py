@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from diffdistill.data.dataset import resolve
-from diffdistill.data.hub import load_source
+from diffdistill.data.hub import load_source, undecoded
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.records import Bad
 from diffdistill.data.settings import DataSettings
@@ -131,7 +131,7 @@ def _check(settings: DataSettings) -> None:
 
 def _rows(settings: DataSettings, root: Path, problems: list[Problem]) -> Iterator[Row]:
     if settings.path is None:
-        table = load_source(settings, root, streaming=settings.streaming)
+        table = undecoded(load_source(settings, root, streaming=settings.streaming))
         try:
             for number, values in enumerate(table, start=1):
                 yield Row(values, f"{settings.source}:{number}")

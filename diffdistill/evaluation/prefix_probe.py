@@ -44,6 +44,8 @@ def prefix_probe(
         return {}, "no prefix probe: it needs a teacher, and a reward in the config"
     if not isinstance(subject.teacher.family, CausalLM):
         return {}, "no prefix probe: the teacher judges answers alone, and cannot write"
+    if any(example.pictures for example in asked):
+        return {}, "no prefix probe: it goes on with texts, and these questions have pictures"
     prefixes = cut(drafts, subject.draws)
     alone = _graded(subject, asked, [[]] * len(asked), say)
     prefixed = _graded(subject, asked, prefixes, say)

@@ -17,23 +17,25 @@ from diffdistill.policy import discounted, informed_weights
 from diffdistill.projection import Prediction, TokenMap, token_maps
 from diffdistill.supports import Correction, Support, TopK, truncated_divergence
 from diffdistill.text.answering import Attempt, mean_loss
+from diffdistill.text.ranking import Ranking
 from diffdistill.text.selecting import Selecting
 from diffdistill.types import Loss, Progress
 
-Divergence = Literal["forward-kl", "reverse-kl", "jsd", "sampled"]
+Divergence = Literal["forward-kl", "reverse-kl", "jsd", "sampled", "dbild"]
 LOGGED: tuple[TokenMap, ...] = ("entropy", "teacher-entropy")
 """Maps that tell how training goes, from the pass that the divergence takes."""
 
 
 @dataclass(kw_only=True)
-class Comparing(Selecting):
+class Comparing(Selecting, Ranking):
     """Compares student and teacher at the tokens of the student's answers.
 
     Attributes:
         divergence: ``forward-kl`` is KL(teacher || student), ``reverse-kl`` KL(student ||
             teacher), ``jsd`` the generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649).
             ``sampled`` takes log(teacher / student) of the sampled token as a reward (Thinking
-            Machines): the reverse KL's gradient in expectation, from one token.
+            Machines): the reverse KL's gradient in expectation, from one token. ``dbild`` compares
+            how far apart the most likely tokens' logits are (Switch-KD, arXiv:2604.14629).
         baseline: Of ``sampled``: subtract the reward that the student expects at each token, which
             is minus the reverse KL (ours; the same expectation, less noise). A server's teacher
             has none.
@@ -76,6 +78,7 @@ class Comparing(Selecting):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
+        Ranking.__post_init__(self)
         for name, fine, bounds in (
             ("beta", 0 <= self.beta <= 1, "in [0, 1]"),
             ("support_size", self.support_size >= 1, "at least 1"),
@@ -104,6 +107,8 @@ class Comparing(Selecting):
             raise ValueError(
                 "importance_clip is of sampled tokens: for divergence sampled, or correction hybrid"
             )
+        if self.divergence == "dbild" and self.support != "full":
+            raise ValueError("divergence dbild finds its own tokens: leave support full")
         uncorrected = self.support != "full" and self.correction == "none"
         if uncorrected and self.divergence == "reverse-kl" and not self.allow_biased:
             raise ValueError(
@@ -155,6 +160,10 @@ class Comparing(Selecting):
                 "the teacher is a server, which gives its most likely tokens only: set "
                 "method.support: teacher, or method.divergence: sampled"
             )
+        elif self.divergence == "dbild":
+            maps = self.ranked(attempt.prediction, theirs, chosen, self.temperature)
+            if more:
+                maps |= self.token_maps(attempt, theirs, chosen, more)
         else:
             wanted: list[TokenMap] = [self.divergence, *more]
             maps = self.token_maps(
@@ -256,6 +265,7 @@ class Comparing(Selecting):
         self, attempt: Attempt, theirs: Prediction | TopK, chosen: Tensor, support: Support
     ) -> dict[str, Tensor]:
         assert self.divergence != "sampled"
+        assert self.divergence != "dbild"
         return truncated_divergence(
             attempt.prediction,
             theirs,

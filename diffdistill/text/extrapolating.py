@@ -66,6 +66,8 @@ class Extrapolating(Comparing):
         super().__post_init__()
         if self.support != "full":
             raise ValueError("a target beyond the teacher needs support: full")
+        if self.divergence == "dbild":
+            raise ValueError("divergence dbild compares with the teacher alone: take another")
         for name, fine, bounds in (
             ("strength", self.strength >= 0, "at least 0"),
             ("strength_start", (self.strength_start or 0.0) >= 0, "at least 0"),
