@@ -308,6 +308,32 @@ def export(
 
 
 @app.command()
+def provenance(
+    source: Annotated[
+        Path | None, typer.Argument(help="A run, a checkpoint, an export, or a provenance.json.")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="tree, json, card, or bom (CycloneDX 1.7).")
+    ] = "tree",
+    output: Output = None,
+    terms: Annotated[
+        bool, typer.Option("--terms", help="Show the table of terms that obligations are from.")
+    ] = False,
+) -> None:
+    """Tell where a model comes from: its chain, what it is bound to, a bill of materials."""
+    from diffdistill.commands.provenance import provenance as command
+    from diffdistill.provenance.chain import terms_table
+
+    if terms or source is None:
+        _refuse({"output": output}, "for the record of a run: name one")
+        if not terms:
+            raise UserError("name a run, a checkpoint or an export, or ask for --terms")
+        typer.echo(terms_table())
+        return
+    typer.echo(command(source, form=format_, output=output))
+
+
+@app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="An autoregressive LM: a folder, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],

@@ -28,6 +28,7 @@ from diffdistill import catalog
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.method import Kind
+from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.roles import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
@@ -114,6 +115,7 @@ class RunConfig:
     tracking: TrackingSettings
     evaluate: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
+    provenance: ProvenanceSettings = field(default_factory=ProvenanceSettings)
 
     @property
     def pictures(self) -> SampleSettings:
@@ -154,6 +156,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
     "sample": SampleSettings,
     "tracking": TrackingSettings,
+    "provenance": ProvenanceSettings,
 }
 
 
