@@ -1,6 +1,7 @@
-"""LoRA adapters of one network, any of which can be the active one during a call.
+"""Adapters of one network, any of which can be the active one during a call.
 
-The only module that imports peft. Roles that are adapters of one frozen base share its memory.
+The only module that imports peft, with ``shadow``. Roles that are adapters of one frozen base share
+its memory.
 """
 
 import re
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -16,11 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
+from diffdistill.shadow import ShadowSettings, is_shadow, shadow_of
 
 
-def tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
-    """Return the layers of ``network`` that carry adapters."""
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+def tuner_layers(network: nn.Module) -> list[Any]:
+    """Return the layers of ``network`` that carry adapters, and what holds its shadows."""
+    layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    shadow = shadow_of(network)
+    return layers if shadow is None else [*layers, shadow]
+
+
+def is_adapter_key(key: str) -> bool:
+    """Return whether a weight of a network, by its name, is of an adapter."""
+    return ".lora_" in key or is_shadow(key)
 
 
 def add_lora(
@@ -52,7 +62,7 @@ def add_lora(
     linear = [
         name.removesuffix(".base_layer")
         for name, module in network.named_modules()
-        if _is_linear(module) and ".lora_" not in name  # the weights of other adapters
+        if _is_linear(module) and not is_adapter_key(name)
     ]
     for target in targets:
         if not any(f".{module}".endswith(f".{target}") for module in linear):
@@ -94,9 +104,9 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
     """Return the parameters of one adapter, under names without the adapter's own."""
     part = f".{name}."
     return {
-        key.replace(part, "."): parameter
+        key.replace(part, ".").replace(".base_layer.", "."): parameter
         for key, parameter in network.named_parameters()
-        if part in key and ".lora_" in key
+        if part in key and is_adapter_key(key)
     }
 
 
@@ -127,8 +137,47 @@ def save_lora(
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def save_shadow(
+    weights: Mapping[str, Tensor], folder: Path, *, base: str | None, settings: ShadowSettings
+) -> None:
+    """Write a shadow of a causal language model as peft does.
+
+    Args:
+        weights: By name, as in ``adapter_parameters``.
+        folder: Where to write.
+        base: Where its base is; None leaves it out.
+        settings: How it was built.
+
+    Raises:
+        UserError: If it is of the authors' form, which peft does not have.
+    """
+    if settings.variant != "peft":
+        raise UserError(
+            "layout shadow is what peft reads, and it has no variant: paper: export the shadow "
+            "alone as layout detached, or train variant: peft"
+        )
+    blocks = sorted({name.partition(".shadow_")[0] for name in weights if ".shadow_" in name})
+    config = settings.config(blocks)
+    config.base_model_name_or_path, config.task_type = base, "CAUSAL_LM"
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    state = {_name_in_peft(name): value.contiguous() for name, value in weights.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _name_in_peft(name: str) -> str:
+    """Return a shadow's weight under peft's name, with the adapter's after its container."""
+    if name.startswith("shadow_"):
+        container, _, rest = name.partition(".")
+        return f"base_model.{container}.default.{rest}"
+    block, _, rest = name.partition(".shadow_")
+    part, _, weight = rest.partition(".")
+    return f"base_model.model.{block}.shadow_{part}.default.{weight}"
+
+
 @contextmanager
-def active(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+def active(layers: Sequence[Any], name: str | None) -> Iterator[None]:
     """Let ``name`` be the active adapter of ``layers`` within the block; None turns all off.
 
     peft's own ``set_adapter`` also flips ``requires_grad``, which would take a role's

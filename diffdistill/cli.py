@@ -294,8 +294,8 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="lora, pipeline, single-file, comfyui-lora, model (of texts); auto: lora, or "
-            "all of it."
+            help="lora, pipeline, single-file, comfyui-lora; of texts: lora, model, shadow, "
+            "detached; auto: the adapter, or all of it."
         ),
     ] = "auto",
     role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
@@ -309,7 +309,7 @@ def export(
 
 @app.command()
 def provenance(
-    source: Annotated[
+    run: Annotated[
         Path | None, typer.Argument(help="A run, a checkpoint, an export, or a provenance.json.")
     ] = None,
     format_: Annotated[
@@ -324,13 +324,13 @@ def provenance(
     from diffdistill.commands.provenance import provenance as command
     from diffdistill.provenance.chain import terms_table
 
-    if terms or source is None:
+    if terms or run is None:
         _refuse({"output": output}, "for the record of a run: name one")
         if not terms:
             raise UserError("name a run, a checkpoint or an export, or ask for --terms")
         typer.echo(terms_table())
         return
-    typer.echo(command(source, form=format_, output=output))
+    typer.echo(command(run, form=format_, output=output))
 
 
 @app.command()

@@ -32,6 +32,7 @@ from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.roles import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
+from diffdistill.shadow import ShadowSettings
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -242,6 +243,8 @@ def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, Role
         values = {**default, **_section(given.get(name), where)}
         if values.get("family") is not None:
             values["family"] = _named(values, "family", where)
+        if values.get("adapter") == "shadow" or values.get("shadow") is not None:
+            values["shadow"] = parse(ShadowSettings, values.get("shadow"), f"{where}.shadow")
         roles[name] = parse(RoleSettings, values, where)
     return roles
 

@@ -18,6 +18,7 @@ from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.model_family import ModelFamily
+from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.text_pair import Reading, TextPair
@@ -132,6 +133,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     _check_kind(config, family)
     others = _other_families(config, family, device)
     _check_quantized(config)
+    _check_shadows(config, family)
     read = _read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
@@ -293,6 +295,16 @@ def _check_quantized(config: RunConfig) -> None:
                 f"family.quantize: {stored} stores the network rounded, so roles.{name} cannot "
                 "train all of it: set roles."
                 f"{name}.adapter: lora, or family.quantize: none"
+            )
+
+
+def _check_shadows(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a shadow of anything but a causal LM of transformers, and where it is not one role."""
+    for name, role in config.roles.items():
+        if role.adapter == "shadow" and not isinstance(family, NetworkFamily):
+            raise UserError(
+                f"roles.{name}.adapter: shadow is for language models on networks of transformers "
+                f"(causal-lm, bd3lm, mdlm), not for {config.family['name']}: use lora"
             )
 
 

@@ -17,7 +17,11 @@ from diffdistill.pipelines.exporting import (
     export_pipeline,
     export_single_file,
 )
-from diffdistill.pipelines.exporting_text import export_language_lora, export_language_model
+from diffdistill.pipelines.exporting_text import (
+    export_adapter,
+    export_detached,
+    export_language_model,
+)
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.questions import Questions
@@ -30,8 +34,8 @@ from diffdistill.provenance.terms import enforce
 from diffdistill.roles import Role
 from diffdistill.session import Session
 
-LAYOUTS = ("auto", "lora", "pipeline", "single-file", "comfyui-lora", "model")
-TEXT_LAYOUTS = ("auto", "lora", "model")
+TEXT_LAYOUTS = ("auto", "lora", "model", "shadow", "detached")
+LAYOUTS = (*TEXT_LAYOUTS, "pipeline", "single-file", "comfyui-lora")
 
 
 def export(
@@ -54,7 +58,8 @@ def export(
             ComfyUI reads; ``comfyui-lora`` a LoRA in that layout; ``auto`` is ``lora`` for an
             adapter and ``pipeline`` for a fully trained network. Of text models, ``lora`` is
             what peft reads, and ``model`` (``auto`` for a fully trained network) a complete
-            folder for transformers.
+            folder for transformers; ``shadow`` is a shadow as peft reads it, and ``detached`` one
+            without its base, as a model of its own.
         role: ``student``, or ``average`` where ``train.ema`` kept one.
         checkpoint: Which checkpoint of the run.
 
@@ -70,7 +75,8 @@ def export(
     if role not in known_roles:
         raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
     chosen = known_roles[role]
-    adapter = layout.endswith("lora") or (layout == "auto" and chosen.adapter is not None)
+    own = layout == "auto" and chosen.adapter is not None
+    adapter = own or layout.endswith(("lora", "shadow"))
     record = read_record(folder) or at_step(record_of(session), _step(folder))
     told = _told(record, session, output, adapter=adapter, weights={})
     if open_obligations := enforce(told, session.config.provenance):
@@ -121,8 +127,8 @@ def _exported(session: Session, role: Role, output: Path, layout: str) -> Path:
         return _write_text(role, output, layout)
     if not isinstance(family, LatentFamily):
         raise UserError(f"the family {name} has nothing to export to")
-    if layout == "model":
-        raise UserError(f"layout 'model' is for text models, not for {name}")
+    if layout in TEXT_LAYOUTS[2:]:
+        raise UserError(f"layout {layout!r} is for text models, not for {name}")
     written = _write(family, role, output, layout)
     if isinstance(family, WanStreaming):
         _say_how_it_streams(session, family, role, written)
@@ -144,12 +150,18 @@ def _say_how_it_streams(session: Session, family: WanStreaming, role: Role, writ
 def _write_text(role: Role, output: Path, layout: str) -> Path:
     family = role.family
     assert isinstance(family, NetworkFamily), f"{role.name} is no language model"
+    kind = "lora" if role.settings.shadow is None else "shadow"
     if layout == "auto":
-        layout = "model" if role.adapter is None else "lora"
-    if layout == "lora":
-        weights, source = _own_adapter(role, "model"), role.settings
-        return export_language_lora(family, weights, output, rank=source.rank, alpha=source.alpha)
-    return export_language_model(family, role.network, output, adapter=role.adapter)
+        layout = "model" if role.adapter is None else kind
+    if layout == "model":
+        return export_language_model(family, role.network, output, adapter=role.adapter)
+    weights = _own_adapter(role, "model")
+    if layout not in (kind, "detached") or (layout == "detached" and kind != "shadow"):
+        raise UserError(f"the adapter of {role.name} is a {kind}, not to be had as layout {layout}")
+    if layout == "detached":
+        assert role.adapter is not None, "_own_adapter refuses others"
+        return export_detached(family, role.network, output, adapter=role.adapter)
+    return export_adapter(family, weights, output, role.settings)
 
 
 def _own_adapter(role: Role, instead: str) -> dict[str, Tensor]:

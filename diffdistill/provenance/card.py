@@ -73,7 +73,7 @@ NOTICE = (
 
 
 def _models(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for model in [record["student"], *record["teachers"], *record["judges"]]:
         told = (model["role"], model["id"], model["route"], model.get("revision") or "")
         rows.append((*told, license_of(model) or "unknown"))

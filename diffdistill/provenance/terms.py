@@ -175,7 +175,7 @@ def _asked(used: Used) -> Iterator[dict[str, Any]]:
     terms = table().entries[name]
     for item in terms.obligations:
         if used.of in item["of"]:
-            kept = {key: item[key] for key in ("kind", "text", "prefix") if key in item}
+            kept = {key: value for key, value in item.items() if key not in ("id", "of")}
             source = {"url": terms.url, "read": terms.read, "evidence": terms.evidence}
             yield {"id": f"{name}/{item['id']}", **kept, **source, "hops": hops}
 

@@ -1,0 +1,364 @@
+"""ShadowPEFT (arXiv:2604.19254): a small network beside a frozen one, whose state rides along.
+
+The parts are peft's (``peft.ShadowConfig``); what is here lets several adapters share one network,
+keeps the two caches of generation together, and adds the authors' form. A shadow is on the body of
+a causal LM of transformers: the first state s0 is what a small copy of the body makes of the same
+embeddings; at each block the difference to it is injected, and the state is updated.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import ShadowConfig, ShadowModel
+from peft.tuners.shadow.layers import ShadowLayer
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from diffdistill.errors import UserError
+
+Variant = Literal["peft", "paper"]
+
+CONTAINERS = ("shadow_backbone", "shadow_norm")
+"""Modules of the tuner with weights, which the network holds too."""
+
+NOT_MERGED = (
+    "a shadow cannot be merged into its base, because what it adds depends on the input: export it "
+    "as layout shadow, or alone as layout detached"
+)
+
+FOLLOWED = ("crop", "batch_select_indices", "batch_repeat_interleave", "reorder_cache", "reset")
+
+
+@dataclass(kw_only=True)
+class ShadowSettings:
+    """How a shadow is built, and how it learns to stand alone.
+
+    Attributes:
+        variant: ``peft`` is that of peft 0.21; ``paper`` is that of the authors' code: no injection
+            into the first block, a layer norm before the update, which has SiLU and no bias, and
+            dropout behind the first projection instead of before it.
+        rank: Rank of the injection. None is 8 for ``peft`` and 16 for ``paper``, their defaults.
+        update_size: Width within the update. None is the rank for ``peft`` and 10 for ``paper``.
+        strength: What is injected is multiplied with this (alpha).
+        dropout: Dropout of the injection, and for ``paper`` of the update.
+        num_layers: Blocks of the shadow's own network.
+        num_heads: Its attention heads; None takes the base's.
+        intermediate_size: Width of its MLPs; None takes the base's.
+        auxiliary: What the shadow alone learns besides: ``tokens`` is cross-entropy at the tokens
+            that count (equations 8 and 9); ``attached`` is KL(with the base || alone) on the
+            same states, which is ours.
+        auxiliary_weight: Weight of that term (lambda); 0 leaves it out, and the shadow cannot then
+            be used alone.
+    """
+
+    variant: Variant = "peft"
+    rank: int | None = None
+    update_size: int | None = None
+    strength: float = 0.1
+    dropout: float = 0.2
+    num_layers: int = 1
+    num_heads: int | None = None
+    intermediate_size: int | None = None
+    auxiliary: Literal["tokens", "attached"] = "tokens"
+    auxiliary_weight: float = 0.05
+
+    def config(self, targets: list[str]) -> ShadowConfig:
+        """Return peft's config of a shadow on the blocks ``targets``."""
+        rank = self.rank or (8 if self.variant == "peft" else 16)
+        return ShadowConfig(
+            target_modules=targets,
+            r=rank,
+            update_hidden_size=self.update_size or (rank if self.variant == "peft" else 10),
+            shadow_alpha=self.strength,
+            shadow_dropout=self.dropout,
+            shadow_num_hidden_layers=self.num_layers,
+            shadow_num_attention_heads=self.num_heads,
+            shadow_intermediate_size=self.intermediate_size,
+            auxiliary_loss_weight=self.auxiliary_weight,
+        )
+
+
+class Shadow(ShadowModel):
+    """The shadows of one body, one of which is active in a call, or none.
+
+    Attributes:
+        alone: Whether the body returns s0, and its own blocks are not asked.
+        again: Whether s0 is that of the last call, instead of a new one.
+        state: s0 of the last call with a gradient, ``[B, L, H]``.
+    """
+
+    alone: bool = False
+    again: bool = False
+
+    @property
+    def _active_adapter(self) -> Any:
+        """The active adapter, under the name that adapter layers have for it."""
+        return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, value: Any) -> None:
+        self.active_adapter = value
+
+    @property
+    def state(self) -> Tensor | None:
+        """s0 of the last call with a gradient."""
+        return self._seed_shadow_state
+
+    def _seed_shadow_pre_hook(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Make s0 of a call's inputs, and keep a cache of its own beside the base's.
+
+        In place of peft's hook, which knows the cache by a name that transformers 5.24 changed:
+        with it, peft 0.21.2 generates other tokens with a cache than without.
+        """
+        if self.again:
+            return args, kwargs
+        self._seed_shadow_state = None
+        if not self._shadow_path_active():
+            return args, kwargs
+        inputs = (
+            dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        )
+        if inputs.get("use_cache") is None:
+            inputs["use_cache"] = bool(module.config.use_cache)
+        name = cache_name(module)
+        if inputs["use_cache"] and inputs.get(name) is None:
+            inputs[name] = DynamicCache(config=module.config)
+        self._seed_shadow_state = self._first_state(module, inputs, name)
+        return (), inputs
+
+    def _first_state(self, body: Any, inputs: dict[str, Any], cache: str) -> Tensor:
+        adapter = self.active_adapters[0]
+        backbone = self.shadow_backbone[adapter]
+        embeddings = inputs.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = body.get_input_embeddings()(inputs["input_ids"])
+        kept = inputs.get(cache) if inputs["use_cache"] else None
+        if kept is not None and not self.alone:
+            kept = follower(kept, backbone)
+        passed = {k: inputs[k] for k in ("attention_mask", "position_ids") if k in inputs}
+        weights = next(backbone.parameters())
+        found = backbone(
+            inputs_embeds=embeddings.to(weights.dtype),
+            use_cache=inputs["use_cache"],
+            **{cache: kept},
+            **passed,
+        )
+        state: Tensor = found.last_hidden_state
+        return state
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:
+        """Refuse to merge, before anything is changed.
+
+        peft removes its hooks first and then raises: the network goes on as the bare base, and
+        nothing says so.
+        """
+        if merge:
+            raise UserError(NOT_MERGED)
+        return super()._unload_and_optionally_merge(merge=merge, **options)
+
+
+class PaperLayer(ShadowLayer):
+    """A block with a shadow in the authors' form (their code at 9e76546)."""
+
+    def update_layer(self, adapter_name: str, config: ShadowConfig) -> None:
+        """Create the weights of an adapter."""
+        super().update_layer(adapter_name, config)
+        width, hidden = self.hidden_size, config.update_hidden_size
+        down = self.shadow_down[adapter_name].weight
+        nn.init.normal_(down, std=0.02)
+        for parts in (self.shadow_update_transform, self.shadow_update_gate):
+            parts[adapter_name] = nn.Sequential(
+                nn.Linear(width, hidden, bias=False),
+                nn.SiLU(),
+                nn.Dropout(config.shadow_dropout),
+                nn.Linear(hidden, width, bias=False),
+            ).to(down)
+
+    def shadow_inject(self, hidden_states: Tensor, shadow_states: Tensor, name: str) -> Tensor:
+        """Return the block's input ``[B, L, H]``, the difference injected (equations 2 to 4)."""
+        down = self.shadow_down[name]
+        delta = (hidden_states - shadow_states).to(down.weight.dtype)
+        delta = self.shadow_up[name](self.shadow_dropout[name](down(delta)))
+        return hidden_states + (self.shadow_alpha[name] * delta).to(hidden_states.dtype)
+
+    def shadow_update(self, hidden_states: Tensor, shadow_states: Tensor, name: str) -> Tensor:
+        """Return the next state ``[B, L, H]`` (equations 5 to 7), from the normalized output."""
+        norm: nn.Module = self.norms[name]
+        return super().shadow_update(norm(hidden_states.to(norm.weight)), shadow_states, name)
+
+
+class PaperShadow(Shadow):
+    """The same in the authors' form, with one layer norm for all blocks."""
+
+    tuner_layer_cls = PaperLayer
+
+    def _pre_injection_hook(self, model: Any, config: ShadowConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        if not hasattr(self, "shadow_norm"):
+            self.shadow_norm = nn.ModuleDict()
+        self.shadow_norm[adapter_name] = nn.LayerNorm(self._base_hidden_size())
+
+    def _create_new_module(self, config: ShadowConfig, name: str, target: nn.Module) -> PaperLayer:
+        layer = PaperLayer(target, name, config=config, hidden_size=self._base_hidden_size())
+        layer.__dict__["norms"] = self.shadow_norm  # not a child: every block has the same
+        return layer
+
+
+def shadow_of(network: nn.Module) -> Shadow | None:
+    """Return what holds the shadows of ``network``; None where it has none."""
+    found: Shadow | None = network.__dict__.get("_diffdistill_shadow")
+    return found
+
+
+def add_shadow(network: nn.Module, name: str, settings: ShadowSettings, *, seed: int = 0) -> int:
+    """Add a float32 shadow to a causal LM in place; return how many blocks it reaches.
+
+    It injects nothing at first, so the network equals the base.
+
+    Args:
+        network: A causal LM of transformers, whose own parameters are frozen.
+        name: The adapter's name.
+        settings: How it is built.
+        seed: Seed of the initialization.
+
+    Raises:
+        UserError: If the network has a shadow of the other variant, or no blocks to put one beside.
+    """
+    body: Any = network.base_model
+    network.requires_grad_(False)
+    tuner, paper = shadow_of(network), settings.variant == "paper"
+    config = settings.config(_blocks(body)[int(paper) :])
+    if tuner is not None and isinstance(tuner, PaperShadow) != paper:
+        raise UserError("shadows of one base must be of one variant: peft or paper")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if tuner is None:
+            tuner = (PaperShadow if paper else Shadow)(body, config, name)
+            _hold(network, body, tuner)
+        else:
+            tuner.peft_config[name] = config
+            tuner._pre_injection_hook(body, config, name)
+            tuner.inject_adapter(body, name)
+    _finish(network, tuner, name)
+    return len(config.target_modules)
+
+
+def _blocks(body: Any) -> list[str]:
+    """Return the names of the blocks of a body, in order."""
+    count = body.config.num_hidden_layers
+    for name, module in body.named_children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [f"{name}.{index}" for index in range(count)]
+    raise UserError(f"{type(body).__name__} has no list of {count} blocks to put a shadow beside")
+
+
+def _hold(network: nn.Module, body: Any, tuner: Shadow) -> None:
+    """Let the network hold the tuner's weights, and the body return s0 where it acts alone."""
+    network.__dict__["_diffdistill_shadow"] = tuner  # not a child: the body is a child of it
+    for container in CONTAINERS:
+        if hasattr(tuner, container):
+            setattr(network, container, getattr(tuner, container))
+    attached, name = body.forward, cache_name(body)
+
+    @functools.wraps(attached)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (tuner.alone and tuner.state is not None):
+            return attached(*args, **kwargs)
+        kept = kwargs.get(name) if kwargs.get("use_cache") else None
+        return BaseModelOutputWithPast(last_hidden_state=tuner.state, **{name: kept})
+
+    body.forward = forward
+
+
+def _finish(network: nn.Module, tuner: Shadow, name: str) -> None:
+    device = next(network.parameters()).device
+    for container in CONTAINERS:
+        if hasattr(tuner, container):
+            getattr(tuner, container)[name].to(device)
+    for key, parameter in network.named_parameters():
+        if is_shadow(key) and f".{name}." in key:
+            parameter.data = parameter.data.float()
+    training = network.training
+    for module in tuner.shadow_backbone[name].modules():
+        module.training = training
+
+
+def is_shadow(key: str) -> bool:
+    """Return whether a parameter of a network, by its name, is of a shadow."""
+    return ".shadow_" in f".{key}"
+
+
+@contextmanager
+def alone(network: nn.Module, *, again: bool = False) -> Iterator[None]:
+    """Let the active shadow of ``network`` stand alone within the block.
+
+    Args:
+        network: A network with a shadow.
+        again: Whether it has seen the same input in the last call, with the base.
+    """
+    tuner = shadow_of(network)
+    assert tuner is not None, "the network has no shadow"
+    before = tuner.alone, tuner.again
+    tuner.alone, tuner.again = True, again
+    try:
+        yield
+    finally:
+        tuner.alone, tuner.again = before
+
+
+def forget(network: nn.Module) -> None:
+    """Drop the state of the last call, and the graph that it holds."""
+    tuner = shadow_of(network)
+    if tuner is not None:
+        tuner._seed_shadow_state = None
+
+
+def cache_name(body: Any) -> str:
+    """Return the name of a body's argument with the cache, which transformers 5.24 changed."""
+    names = inspect.signature(body.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def follower(cache: Any, backbone: Any) -> Any:
+    """Return the shadow's own cache beside ``cache``: what is done to one is done to the other."""
+    kept = cache.__dict__.get("_diffdistill_shadow")
+    if kept is None:
+        kept = cache.__dict__["_diffdistill_shadow"] = DynamicCache(config=backbone.config)
+        for name in FOLLOWED:
+            setattr(cache, name, _both(getattr(cache, name), getattr(kept, name)))
+    return kept
+
+
+def _both(first: Any, second: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        second(*copy.copy(args), **kwargs)
+        return first(*args, **kwargs)
+
+    return call
+
+
+def standalone(network: nn.Module, name: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return config and weights of a shadow as a causal LM of the same class, without its base.
+
+    It has the base's embeddings and output head, which are those it was trained with.
+    """
+    described: Any = network
+    tuner = shadow_of(network)
+    assert tuner is not None, "the network has no shadow"
+    backbone = tuner.shadow_backbone[name]
+    prefix = described.base_model_prefix
+    state = {f"{prefix}.{key}": value for key, value in backbone.state_dict().items()}
+    own = {
+        id(part) for part in (described.get_input_embeddings(), described.get_output_embeddings())
+    }
+    for key, module in network.named_modules():
+        if id(module) in own:
+            state |= {f"{key}.{k}": v for k, v in module.state_dict().items()}
+    return backbone.config, state
