@@ -41,6 +41,7 @@ def add_lora(
     alpha: float,
     targets: Sequence[str],
     dropout: float = 0.0,
+    dora: bool = False,
     seed: int = 0,
 ) -> int:
     """Add a float32 LoRA adapter to ``network`` in place; return how many layers it reaches.
@@ -54,6 +55,8 @@ def add_lora(
         alpha: The update is scaled with ``alpha / rank``.
         targets: Suffixes of module names; each must match at least one module.
         dropout: Dropout of the adapter's input, in [0, 1).
+        dora: Train the length of each row of the weights beside its direction (DoRA,
+            arXiv:2402.09353).
         seed: Seed of the initialization.
 
     Raises:
@@ -77,6 +80,7 @@ def add_lora(
         # Whole names: a suffix may also end the name of a container, which peft refuses.
         target_modules="|".join(re.escape(name) for name in matched),
         init_lora_weights="gaussian",
+        use_dora=dora,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
@@ -85,7 +89,7 @@ def add_lora(
     parameters = adapter_parameters(network, name)
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    return len(parameters) // 2
+    return sum(".lora_A." in key for key in parameters)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -111,7 +115,13 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
 
 
 def save_lora(
-    factors: Mapping[str, Tensor], folder: Path, *, base: str | None, rank: int, alpha: float
+    factors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    base: str | None,
+    rank: int,
+    alpha: float,
+    dora: bool = False,
 ) -> None:
     """Write a LoRA of a causal language model as peft does.
 
@@ -121,6 +131,7 @@ def save_lora(
         base: Where its base is; None leaves it out.
         rank: Rank of the update.
         alpha: The update is scaled with ``alpha / rank``.
+        dora: Whether it is a DoRA, with ``<module>.lora_magnitude_vector.weight``.
     """
     modules = sorted({name.partition(".lora_")[0] for name in factors})
     config = LoraConfig(
@@ -130,10 +141,15 @@ def save_lora(
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
         inference_mode=True,
+        use_dora=dora,
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    state = {f"base_model.model.{name}": value.contiguous() for name, value in factors.items()}
+    state = {
+        f"base_model.model.{name.replace('magnitude_vector.weight', 'magnitude_vector')}": value
+        for name, value in factors.items()
+    }
+    state = {name: value.contiguous() for name, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -38,7 +38,8 @@ class RoleSettings:
         alpha: The adapter's update is scaled with ``alpha / rank``.
         dropout: Dropout of the adapter's input.
         targets: Suffixes of module names to adapt; None takes the family's list. Rank, alpha,
-            dropout and targets are those of ``lora``.
+            dropout, targets and dora are those of ``lora``.
+        dora: Whether the adapter is a DoRA, which also trains the length of each row of a weight.
         shadow: The settings of ``shadow``; None takes its defaults.
         decay: Decay of the ``ema`` for each update of the role it follows.
         start: Updates of that role during which the ``ema`` is a copy of it.
@@ -56,6 +57,7 @@ class RoleSettings:
     alpha: float = 128.0
     dropout: float = 0.0
     targets: list[str] | None = None
+    dora: bool = False
     shadow: ShadowSettings | None = None
     decay: float = 0.9999
     start: int = 0
@@ -370,6 +372,7 @@ def _averaged(name: str, chosen: RoleSettings, source: Role) -> Role:
         rank=form.rank,
         alpha=form.alpha,
         targets=form.targets,
+        dora=form.dora,
         shadow=None if form.shadow is None else replace(form.shadow, dropout=0.0),
     )
     if source.adapter is None:
@@ -394,6 +397,7 @@ def _add_adapter(
         rank=chosen.rank,
         alpha=chosen.alpha,
         dropout=chosen.dropout,
+        dora=chosen.dora,
         targets=targets,
         seed=seed,
     )

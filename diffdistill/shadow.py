@@ -229,12 +229,19 @@ def add_shadow(network: nn.Module, name: str, settings: ShadowSettings, *, seed:
         seed: Seed of the initialization.
 
     Raises:
-        UserError: If the network has a shadow of the other variant, or no blocks to put one beside.
+        UserError: If the network has a shadow of the other variant, no blocks to put one beside, or
+            heads that do not go with the number of its own.
     """
     body: Any = network.base_model
     network.requires_grad_(False)
     tuner, paper = shadow_of(network), settings.variant == "paper"
     config = settings.config(_blocks(body)[int(paper) :])
+    shared = getattr(body.config, "num_key_value_heads", None) or 1
+    if (settings.num_heads or shared) % shared:
+        raise UserError(
+            f"shadow.num_heads must be a multiple of the base's {shared} key-value heads, not "
+            f"{settings.num_heads}"
+        )
     if tuner is not None and isinstance(tuner, PaperShadow) != paper:
         raise UserError("shadows of one base must be of one variant: peft or paper")
     with torch.random.fork_rng(devices=[]):

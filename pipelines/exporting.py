@@ -182,5 +182,9 @@ def merged_state(network: nn.Module, adapter: str | None, dtype: torch.dtype) ->
         for name, module in network.named_modules():
             if hasattr(module, "get_delta_weight") and adapter in module.lora_A:
                 key = f"{name}.weight".replace(".base_layer.", ".")
-                merged[key] = merged[key].float() + module.get_delta_weight(adapter)
+                whole = merged[key].float() + module.get_delta_weight(adapter)
+                if adapter in module.lora_magnitude_vector:  # DoRA
+                    length = module.lora_magnitude_vector[adapter].weight
+                    whole *= (length / whole.norm(dim=1))[:, None]
+                merged[key] = whole
     return {key: value.to("cpu", dtype) for key, value in merged.items()}

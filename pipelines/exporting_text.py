@@ -120,6 +120,7 @@ def export_adapter(
         if settings.shadow is not None:
             save_shadow(adapter, folder, base=base, settings=settings.shadow)
         else:
-            save_lora(adapter, folder, base=base, rank=settings.rank, alpha=settings.alpha)
+            scale = {"rank": settings.rank, "alpha": settings.alpha}
+            save_lora(adapter, folder, base=base, dora=settings.dora, **scale)
         _save_tokenizer(family, folder)
     return folder

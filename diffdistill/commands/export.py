@@ -182,6 +182,10 @@ def _write(family: LatentFamily, role: Role, output: Path, layout: str) -> Path:
         layout = "pipeline" if role.adapter is None else "lora"
     if layout in ("lora", "comfyui-lora"):
         weights, source = _own_adapter(role, "pipeline or single-file"), role.settings
+        if source.dora:
+            raise UserError(
+                "a DoRA has no such layout: export it merged, as pipeline or single-file"
+            )
         write = export_lora if layout == "lora" else export_comfy_lora
         return write(family, weights, output, rank=source.rank, alpha=source.alpha)
     write_network = export_pipeline if layout == "pipeline" else export_single_file
