@@ -32,8 +32,8 @@ from diffdistill.types import Condition, State
 
 ROOT = Path(__file__).parents[2]
 BUDGETS: dict[str, tuple[dict[str, int], int]] = {
-    "small": ({"num_heads": 4, "intermediate_size": 64, "rank": 8, "update_size": 8}, 7),
-    "student": ({"num_heads": 8, "intermediate_size": 128, "rank": 16, "update_size": 8}, 24),
+    "small": ({"num_heads": 4, "intermediate_size": 64, "rank": 8, "update_size": 8}, 9),
+    "student": ({"num_heads": 8, "intermediate_size": 128, "rank": 16, "update_size": 8}, 10),
 }
 """Sizes of the shadow, and the rank of a LoRA with about as many parameters, of each base."""
 
