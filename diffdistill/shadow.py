@@ -190,8 +190,8 @@ class PaperLayer(ShadowLayer):
 
     def shadow_update(self, hidden_states: Tensor, shadow_states: Tensor, name: str) -> Tensor:
         """Return the next state ``[B, L, H]`` (equations 5 to 7), from the normalized output."""
-        norm: nn.Module = self.norms[name]
-        return super().shadow_update(norm(hidden_states.to(norm.weight)), shadow_states, name)
+        norm: nn.LayerNorm = self.norms[name]
+        return super().shadow_update(norm(hidden_states.to(norm.weight.dtype)), shadow_states, name)
 
 
 class PaperShadow(Shadow):

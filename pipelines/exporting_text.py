@@ -120,7 +120,7 @@ def export_adapter(
         if settings.shadow is not None:
             save_shadow(adapter, folder, base=base, settings=settings.shadow)
         else:
-            scale = {"rank": settings.rank, "alpha": settings.alpha}
-            save_lora(adapter, folder, base=base, dora=settings.dora, **scale)
+            rank, alpha, dora = settings.rank, settings.alpha, settings.dora
+            save_lora(adapter, folder, base=base, rank=rank, alpha=alpha, dora=dora)
         _save_tokenizer(family, folder)
     return folder

@@ -23,7 +23,7 @@ from diffdistill.provenance.card import head, model_card
 from diffdistill.provenance.files import dumped, open_record
 from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.provenance.sources import describe_model
-from diffdistill.provenance.terms import models_of, obligations, table, terms_of
+from diffdistill.provenance.terms import enforce, models_of, obligations, table, terms_of
 from diffdistill.session import build
 from tests.answer_run import answer_values, save_answer_world
 from tests.conftest import CPU
@@ -244,6 +244,14 @@ def test_unknown_terms_stay_unknown_until_somebody_says_otherwise() -> None:
     assert judged(model(terms_stated="cc0-1.0")) == {}
 
 
+def test_a_notice_that_must_be_kept_is_noted_and_stops_nobody() -> None:
+    record = {"student": model(role="student", license={"license": "mit"})}
+    record |= {"teachers": [], "judges": []}
+    record["obligations"] = obligations(record, ProvenanceSettings(policy="error"))
+    assert [(o["id"], o["status"]) for o in record["obligations"]] == [("mit/notice", "noted")]
+    assert enforce(record, ProvenanceSettings(policy="error")) is None
+
+
 def test_a_name_meets_terms_that_ask_for_one_and_nothing_else_does() -> None:
     llama = model(license={"license": "llama3.1"})
     for name, status in (("Llama-x", "met"), ("me/Llama-x", "met"), ("My-Llama", "open")):
@@ -255,7 +263,7 @@ def test_a_name_meets_terms_that_ask_for_one_and_nothing_else_does() -> None:
 def test_every_entry_of_the_table_says_where_it_is_from() -> None:
     from cyclonedx.spdx import is_supported_id
 
-    kinds = {"naming", "notice", "use", "derivative", "competing", "noncommercial"}
+    kinds = {"naming", "notice", "display", "use", "derivative", "competing", "noncommercial"}
     assert table().version >= 1
     for terms in table().entries.values():
         assert terms.url.startswith("https://")
@@ -269,7 +277,7 @@ def test_every_entry_of_the_table_says_where_it_is_from() -> None:
 
 def test_the_policy_error_refuses_to_train_and_to_export(world: Path, tmp_path: Path) -> None:
     roles = {"student": LORA, "teacher": {"path": str(world / "other")}}
-    strict = {"policy": "error", "acknowledged": ["apache-2.0/notice"]}
+    strict = {"policy": "error"}
     values = answer_values(world, roles=roles, provenance=strict, train={"steps": 1})
     with pytest.raises(UserError, match=r"open obligations: llama-3\.1/name; set provenance"):
         train(parse_config(values), tmp_path / "run")
@@ -285,7 +293,7 @@ def test_the_policy_error_refuses_to_train_and_to_export(world: Path, tmp_path: 
 
 def test_the_policy_warn_says_what_is_open(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(parse_config(answer_values(world, roles={"teacher": {"path": str(world / "other")}})))
-    assert "open obligations: apache-2.0/notice, llama-3.1/name" in capsys.readouterr().out
+    assert "open obligations: llama-3.1/name (see" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

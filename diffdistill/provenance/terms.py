@@ -17,7 +17,7 @@ from diffdistill import catalog
 from diffdistill.errors import UserError
 from diffdistill.provenance.settings import ProvenanceSettings
 
-Status = Literal["met", "acknowledged", "open", "unknown"]
+Status = Literal["met", "acknowledged", "noted", "open", "unknown"]
 SELF = ("adapter-off", "copy", "ema", "live")
 """Routes of a teacher that is the student itself, whose terms are the student's."""
 
@@ -185,6 +185,8 @@ def _status(item: Mapping[str, Any], settings: ProvenanceSettings, name: str | N
         return "acknowledged"
     if item["kind"] == "unknown":
         return "unknown"
+    if item["kind"] == "notice":  # of every license, and no reason to stop
+        return "noted"
     named = item["kind"] == "naming" and (name or "").rpartition("/")[2].startswith(item["prefix"])
     return "met" if named else "open"
 

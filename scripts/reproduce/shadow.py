@@ -1,10 +1,10 @@
 """What does a shadow (ShadowPEFT) learn with as many parameters as a LoRA, or a DoRA?
 
 Tunes the bundled `arithmetic-student` on given solutions that end with JSON, whose format it breaks
-in 40 % of its answers: with a shadow of peft's form and of the paper's (arXiv:2604.19254), with LoRA
-and with DoRA, at two budgets of parameters, each equal within 7 %, and at two learning rates each,
-as the best one differs. All of the weights, trained, are beside them. Shadows are also measured
-alone, without the base.
+in 40 % of its answers: with a shadow of peft's form and of the paper's (arXiv:2604.19254), with
+LoRA and with DoRA, at two budgets of parameters, each equal within 7 %, and at two learning rates
+each, as the best one differs. All of the weights, trained, are beside them. Shadows are also
+measured alone, without the base.
 
     python scripts/reproduce/shadow.py
 
