@@ -25,7 +25,8 @@ from diffdistill.pipelines.original_keys import (
     wan_place,
     z_image_place,
 )
-from diffdistill.shadow import NOT_MERGED, shadow_of
+from diffdistill.shadow import shadow_of
+from diffdistill.shadow_tuner import NOT_MERGED
 
 PLACES: dict[str, Callable[[str], Place]] = {
     "Flux2Transformer2DModel": klein_place,
