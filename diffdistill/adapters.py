@@ -1,7 +1,7 @@
 """Adapters of one network, any of which can be the active one during a call.
 
-The only module that imports peft, with those of shadows. Roles that are adapters of one frozen base share
-its memory.
+The only module that imports peft, with those of shadows. Roles that are adapters of one frozen base
+share its memory.
 """
 
 import re

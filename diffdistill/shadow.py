@@ -1,9 +1,8 @@
 """ShadowPEFT (arXiv:2604.19254): a small network beside a frozen one, whose state rides along.
 
-The parts are peft's (``peft.ShadowConfig``, see ``shadow_tuner``); what is here lets several adapters
-share one network, and a shadow stand alone. A shadow is on the body of
-a causal LM of transformers: the first state s0 is what a small copy of the body makes of the same
-embeddings; at each block the difference to it is injected, and the state is updated.
+A shadow is on the body of a causal LM of transformers: the first state s0 is what a small copy of
+the body makes of the same embeddings; at each block the difference to it is injected, and the state
+is updated. Several adapters may share one network, and a shadow may stand alone.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The tuner of shadows (see ``shadow``): peft's, with caches that go together, and the paper's form."""
+"""The tuner of shadows: peft's, with caches that go together, and the authors' form of it."""
 
 import inspect
 from typing import Any
