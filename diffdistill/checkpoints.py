@@ -1,15 +1,16 @@
 """Checkpoints: written aside, synced and renamed, verified when read.
 
 ``DIR/checkpoints/step-NNNNNN/`` holds ``role-*.safetensors``, ``optimizer-*.safetensors``,
-``state.json`` and ``manifest.json`` (sizes and SHA-256 of the others); ``latest`` names the
-newest. A run can be killed at any moment: what is there under its final name is whole.
+``state.json``, what the run attaches (where the weights come from), and ``manifest.json`` (sizes
+and SHA-256 of the others); ``latest`` names the newest. A run can be killed at any moment: what is
+there under its final name is whole.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,16 @@ def load_optimizer(
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    Attributes:
+        attach: Returns further small files of the checkpoint of a step, by name.
+    """
 
     def __init__(self, output: Path, keep: int | None = None) -> None:
         self.folder = output / "checkpoints"
         self.keep = keep
+        self.attach: Callable[[int], Mapping[str, bytes]] = lambda step: {}
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
         """Write the checkpoint of ``step`` atomically and drop old ones.
@@ -110,7 +116,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            _write_files(aside, snapshot)
+            _write_files(aside, snapshot, self.attach(step))
             _replace(aside, final)
             write_atomic(self.folder / "latest", final.name.encode())
         except (OSError, SafetensorError) as error:
@@ -184,6 +190,19 @@ def restore(
 ) -> Session:
     """Return the session of a run folder with the weights of one of its checkpoints.
 
+    See ``restored``.
+    """
+    return restored(run, which, device, overrides)[0]
+
+
+def restored(
+    run: Path,
+    which: str = "latest",
+    device: torch.device | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Session, Path]:
+    """Return the session of a run folder with a checkpoint's weights, and that checkpoint.
+
     Args:
         run: The run's folder.
         which: Which of its checkpoints.
@@ -198,7 +217,7 @@ def restore(
     session = build(load_config(str(run / "config.yaml"), overrides), device)
     snapshot, path, _ = Checkpoints(run).load(which)
     load_roles(session, snapshot, path)
-    return session
+    return session, path
 
 
 def load_roles(session: Session, snapshot: Snapshot, path: Path) -> None:
@@ -230,9 +249,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_files(folder: Path, snapshot: Snapshot) -> None:
+def _write_files(folder: Path, snapshot: Snapshot, attached: Mapping[str, bytes]) -> None:
     for name, tensors in snapshot.tensors.items():
         save_file(tensors, folder / f"{name}.safetensors")
+    for name, content in attached.items():
+        (folder / name).write_bytes(content)
     (folder / "state.json").write_text(json.dumps(snapshot.state))
     manifest = {
         path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}

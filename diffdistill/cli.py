@@ -298,8 +298,8 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="lora, pipeline, single-file, comfyui-lora, model (of texts); auto: lora, or "
-            "all of it."
+            help="lora, pipeline, single-file, comfyui-lora; of texts: lora, model, shadow, "
+            "detached; auto: the adapter, or all of it."
         ),
     ] = "auto",
     role: Annotated[str, typer.Option(help="Whose weights: student, average.")] = "student",
@@ -309,6 +309,32 @@ def export(
     from diffdistill.commands.export import export as command
 
     typer.echo(command(run, output, layout=layout, role=role, checkpoint=checkpoint))
+
+
+@app.command()
+def provenance(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run, a checkpoint, an export, or a provenance.json.")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="tree, json, card, or bom (CycloneDX 1.7).")
+    ] = "tree",
+    output: Output = None,
+    terms: Annotated[
+        bool, typer.Option("--terms", help="Show the table of terms that obligations are from.")
+    ] = False,
+) -> None:
+    """Tell where a model comes from: its chain, what it is bound to, a bill of materials."""
+    from diffdistill.commands.provenance import provenance as command
+    from diffdistill.provenance.chain import terms_table
+
+    if terms or run is None:
+        _refuse({"output": output}, "for the record of a run: name one")
+        if not terms:
+            raise UserError("name a run, a checkpoint or an export, or ask for --terms")
+        typer.echo(terms_table())
+        return
+    typer.echo(command(run, form=format_, output=output))
 
 
 @app.command()

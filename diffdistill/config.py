@@ -28,9 +28,11 @@ from diffdistill import catalog
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.method import Kind
+from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.roles import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
+from diffdistill.shadow import ShadowSettings
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -116,6 +118,7 @@ class RunConfig:
     evaluate: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
     engine: dict[str, Any] = field(default_factory=dict)
+    provenance: ProvenanceSettings = field(default_factory=ProvenanceSettings)
 
     @property
     def pictures(self) -> SampleSettings:
@@ -156,6 +159,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
     "sample": SampleSettings,
     "tracking": TrackingSettings,
+    "provenance": ProvenanceSettings,
 }
 
 
@@ -260,6 +264,8 @@ def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, Role
         values = {**default, **_section(given.get(name), where)}
         if values.get("family") is not None:
             values["family"] = _named(values, "family", where)
+        if values.get("adapter") == "shadow" or values.get("shadow") is not None:
+            values["shadow"] = parse(ShadowSettings, values.get("shadow"), f"{where}.shadow")
         roles[name] = parse(RoleSettings, values, where)
     return roles
 

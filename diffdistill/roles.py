@@ -6,7 +6,7 @@ Methods see only the call; whether roles share one base is decided here, from th
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
 from diffdistill.errors import UserError
 from diffdistill.projection import Prediction
+from diffdistill.shadow import ShadowSettings, add_shadow, alone, forget
+from diffdistill.shadow_losses import auxiliary_loss
 from diffdistill.sights import Sight
 from diffdistill.types import Condition, State
 
@@ -31,11 +33,15 @@ class RoleSettings:
             gradient.
         of: The role that ``ema`` and ``live`` follow.
         path: A transformer folder to load instead of the family's own.
-        adapter: ``lora`` trains an adapter of the frozen base, ``none`` the whole network.
+        adapter: ``lora`` trains an adapter of the frozen base, ``shadow`` a small network beside it
+            (of language models), ``none`` the whole network.
         rank: Rank of the adapter.
         alpha: The adapter's update is scaled with ``alpha / rank``.
         dropout: Dropout of the adapter's input.
-        targets: Suffixes of module names to adapt; None takes the family's list.
+        targets: Suffixes of module names to adapt; None takes the family's list. Rank, alpha,
+            dropout, targets and dora are those of ``lora``.
+        dora: Whether the adapter is a DoRA, which also trains the length of each row of a weight.
+        shadow: The settings of ``shadow``; None takes its defaults.
         decay: Decay of the ``ema`` for each update of the role it follows.
         start: Updates of that role during which the ``ema`` is a copy of it.
         lr: Learning rate, where it differs from ``train.lr``.
@@ -47,11 +53,13 @@ class RoleSettings:
     weights: Literal["trained", "ema", "frozen", "live"] = "trained"
     of: str = "student"
     path: str | None = None
-    adapter: Literal["lora", "none"] = "none"
+    adapter: Literal["lora", "shadow", "none"] = "none"
     rank: int = 64
     alpha: float = 128.0
     dropout: float = 0.0
     targets: list[str] | None = None
+    dora: bool = False
+    shadow: ShadowSettings | None = None
     decay: float = 0.9999
     start: int = 0
     lr: float | None = None
@@ -106,6 +114,7 @@ class Role:
         network: May be shared with other roles.
         adapter: The adapter that is active in its calls; None for the bare network.
         autocast: Matrix multiplications run in this type; None for the weights' own.
+        detached: Whether its shadow acts alone, without the base.
     """
 
     name: str
@@ -115,17 +124,36 @@ class Role:
     adapter: str | None = None
     head: Head | None = None
     autocast: torch.dtype | None = None
+    detached: bool = False
+    _auxiliary: list[Tensor] = field(default_factory=list)
 
     def __call__(self, state: State, condition: Condition) -> Any:
         """Return the prediction at ``state``: a tensor in float32, anything else as it is."""
         with self.acting(state.x.device):
             found = self.family.predict(self.network, state, condition)
+            if self.trained and self.settings.shadow is not None:
+                self._learn_alone(found, state, condition)
             return found.float() if isinstance(found, Tensor) else found
 
     def look(self, condition: Condition) -> Sight:
         """Return what this role's vision encoder makes of the pictures of ``condition``."""
         with self.acting(next(self.network.parameters()).device):
             return self.family.look(self.network, condition)
+
+    def _learn_alone(self, found: Any, state: State, condition: Condition) -> None:
+        """Keep what the shadow alone has to learn at a call with a gradient; drop its state."""
+        assert self.settings.shadow is not None
+        if torch.is_grad_enabled() and self.settings.shadow.auxiliary_weight:
+            with alone(self.network, again=True):
+                by_itself = self.family.predict(self.network, state, condition)
+            loss = auxiliary_loss(self.settings.shadow, by_itself, found, state, condition)
+            self._auxiliary.append(loss)
+        forget(self.network)
+
+    def auxiliary(self) -> Tensor | None:
+        """Return the mean of what was kept since it was last asked for; None where nothing was."""
+        kept, self._auxiliary = self._auxiliary, []
+        return torch.stack(kept).mean() if kept else None
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""
@@ -164,6 +192,7 @@ class Role:
         learns = torch.is_grad_enabled() and self.settings.weights != "live"
         with (
             active(layers, self.adapter),
+            alone(self.network) if self.detached else nullcontext(),
             torch.set_grad_enabled(learns),
             torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
         ):
@@ -276,7 +305,7 @@ def build_roles(
     shared = {name: chosen for name, chosen in settings.items() if name not in others}
     networks = {name: _Networks(own, {name: settings[name]}) for name, own in others.items()}
     networks |= dict.fromkeys(shared, _Networks(family, shared))
-    ordered = sorted(settings.items(), key=lambda item: _turn(item[1]))
+    ordered = sorted(settings.items(), key=lambda item: _turn(item[1], settings))
     for name, chosen in ordered:
         if chosen.weights == "live":
             source = roles[chosen.of]
@@ -292,11 +321,16 @@ def build_roles(
     return roles
 
 
-def _turn(settings: RoleSettings) -> int:
-    """Return when a role is built: bases are copied before adapters are put into them."""
-    if settings.weights in ("ema", "live"):
-        return 2
-    return int(settings.weights == "trained" and settings.adapter == "lora")
+def _turn(chosen: RoleSettings, settings: Mapping[str, RoleSettings]) -> int:
+    """Return when a role is built.
+
+    Bases are copied before adapters are put into them, LoRA is put in before a shadow is put around
+    its blocks, and what follows a role comes after it.
+    """
+    if chosen.weights in ("ema", "live"):
+        return 1 + _turn(settings[chosen.of], settings)
+    adapter = chosen.adapter if chosen.weights == "trained" else "none"
+    return {"none": 0, "lora": 1, "shadow": 3}[adapter]
 
 
 class _Networks:
@@ -322,7 +356,7 @@ class _Networks:
 
 def _keeps_base(settings: RoleSettings) -> bool:
     return settings.weights == "frozen" or (
-        settings.weights == "trained" and settings.adapter == "lora"
+        settings.weights == "trained" and settings.adapter != "none"
     )
 
 
@@ -335,7 +369,7 @@ def _loaded(name: str, chosen: RoleSettings, networks: _Networks, roles: Roles, 
         network = networks.own(chosen.path).float()
         return Role(name, chosen, family, network, head=head)
     network = networks.shared(chosen.path)
-    roles.matched[name] = _add_lora(network, name, chosen, family, seed)
+    roles.matched[name] = _add_adapter(network, name, chosen, family, seed)
     return Role(name, chosen, family, network, adapter=name, head=head)
 
 
@@ -348,20 +382,24 @@ def _averaged(name: str, chosen: RoleSettings, source: Role) -> Role:
         rank=form.rank,
         alpha=form.alpha,
         targets=form.targets,
+        dora=form.dora,
+        shadow=None if form.shadow is None else replace(form.shadow, dropout=0.0),
     )
     if source.adapter is None:
         network = copy.deepcopy(source.network)
         return Role(name, chosen, family, network)
-    _add_lora(source.network, name, chosen, family, seed=0)
+    _add_adapter(source.network, name, chosen, family, seed=0)
     role = Role(name, chosen, family, source.network, adapter=name)
     copy_parameters(source, role)
     return role
 
 
-def _add_lora(
+def _add_adapter(
     network: nn.Module, name: str, chosen: RoleSettings, family: Caller, seed: int
 ) -> int:
     network.__dict__.pop("_diffdistill_layers", None)
+    if chosen.shadow is not None:
+        return add_shadow(network, name, chosen.shadow, seed=seed)
     targets = chosen.targets if chosen.targets is not None else family.adapter_targets
     return add_lora(
         network,
@@ -369,6 +407,7 @@ def _add_lora(
         rank=chosen.rank,
         alpha=chosen.alpha,
         dropout=chosen.dropout,
+        dora=chosen.dora,
         targets=targets,
         seed=seed,
     )
@@ -402,6 +441,7 @@ def _check(settings: Mapping[str, RoleSettings]) -> None:
             if not fine:
                 given = getattr(chosen, option)
                 raise UserError(f"roles.{name}.{option} must be {range_}, not {given}")
+        _check_shadow(name, chosen)
         if chosen.weights not in ("ema", "live"):
             continue
         followed = settings.get(chosen.of)
@@ -411,8 +451,30 @@ def _check(settings: Mapping[str, RoleSettings]) -> None:
                 f"roles.{name}: weights {chosen.weights!r} of {chosen.of!r}, which is not a "
                 f"trained role; trained here: {', '.join(trained) or 'none'}"
             )
-        if chosen.weights == "live" and followed.dropout > 0:
+        of = "" if followed.shadow is None else "shadow."
+        dropout = followed.dropout if followed.shadow is None else followed.shadow.dropout
+        if chosen.weights == "live" and dropout > 0:
             raise UserError(
                 f"roles.{name}: a live role shares the dropout of {chosen.of!r}, so its judgment "
-                f"would be noisy; set roles.{chosen.of}.dropout to 0"
+                f"would be noisy; set roles.{chosen.of}.{of}dropout to 0"
             )
+
+
+def _check_shadow(name: str, chosen: RoleSettings) -> None:
+    shadow = chosen.shadow
+    if shadow is None:
+        return
+    if chosen.adapter != "shadow":
+        raise UserError(f"roles.{name}.shadow is for adapter: shadow, and it is {chosen.adapter}")
+    if chosen.targets is not None:
+        raise UserError(f"roles.{name}.targets is for adapter: lora; a shadow is beside all blocks")
+    for option, fine, range_ in (
+        ("rank", shadow.rank is None or shadow.rank >= 1, "at least 1"),
+        ("update_size", shadow.update_size is None or shadow.update_size >= 1, "at least 1"),
+        ("num_heads", shadow.num_heads is None or shadow.num_heads >= 1, "at least 1"),
+        ("dropout", 0 <= shadow.dropout < 1, "in [0, 1)"),
+        ("auxiliary_weight", shadow.auxiliary_weight >= 0, "at least 0"),
+    ):
+        if not fine:
+            given = getattr(shadow, option)
+            raise UserError(f"roles.{name}.shadow.{option} must be {range_}, not {given}")

@@ -19,6 +19,7 @@ from diffdistill.pipelines.engines import Engine
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.model_family import ModelFamily
+from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.picture_questions import PictureQuestions
 from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.server import Server
@@ -135,6 +136,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     _check_kind(config, family)
     others = _other_families(config, family, device)
     _check_quantized(config)
+    _check_shadows(config, family)
     read = _read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
@@ -309,6 +311,16 @@ def _check_quantized(config: RunConfig) -> None:
                 f"family.quantize: {stored} stores the network rounded, so roles.{name} cannot "
                 "train all of it: set roles."
                 f"{name}.adapter: lora, or family.quantize: none"
+            )
+
+
+def _check_shadows(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a shadow of anything but a causal LM of transformers, and where it is not one role."""
+    for name, role in config.roles.items():
+        if role.adapter == "shadow" and not isinstance(family, NetworkFamily):
+            raise UserError(
+                f"roles.{name}.adapter: shadow is for language models on networks of transformers "
+                f"(causal-lm, bd3lm, mdlm), not for {config.family['name']}: use lora"
             )
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,8 +146,9 @@ class Trainer:
         for loss in self.session.method.losses(batch, progress):
             network = self.session.roles[loss.role].network
             self.distributed.synchronize_on_backward(network, last and not loss.more)
-            (loss.value * loss.count).backward()
-            sums.add(loss)
+            whole = with_auxiliary(loss, self.session.roles[loss.role].auxiliary())
+            (whole.value * whole.count).backward()
+            sums.add(whole)
 
     def _update(
         self, progress: Progress, means: dict[str, float], counts: dict[str, float]
@@ -271,6 +272,14 @@ class Trainer:
             metrics = self.train_step()
             if not after_step(self.step, metrics):
                 return
+
+
+def with_auxiliary(loss: Loss, extra: Tensor | None) -> Loss:
+    """Return a loss with what the role learns besides (see ``Role.auxiliary``), if anything."""
+    if extra is None:
+        return loss
+    metrics = {**loss.metrics, "shadow": extra.detach()}
+    return replace(loss, value=loss.value + extra, metrics=metrics)
 
 
 def peak_memory(device: torch.device) -> int:

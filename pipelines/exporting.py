@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffdistill.adapters import is_adapter_key
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
 from diffdistill.pipelines.latent import LatentFamily
@@ -24,6 +25,8 @@ from diffdistill.pipelines.original_keys import (
     wan_place,
     z_image_place,
 )
+from diffdistill.shadow import shadow_of
+from diffdistill.shadow_tuner import NOT_MERGED
 
 PLACES: dict[str, Callable[[str], Place]] = {
     "Flux2Transformer2DModel": klein_place,
@@ -164,18 +167,25 @@ def merged_state(network: nn.Module, adapter: str | None, dtype: torch.dtype) ->
     """Return the weights of ``network`` on the CPU under plain names, an adapter merged in.
 
     Raises:
-        UserError: If the weights are quantized.
+        UserError: If the weights are quantized, or the adapter is a shadow.
     """
+    shadow = shadow_of(network)
+    if adapter is not None and shadow is not None and adapter in shadow.shadow_backbone:
+        raise UserError(NOT_MERGED)
     merged = {
         key.replace(".base_layer.", "."): value.detach()
         for key, value in network.state_dict().items()
-        if ".lora_" not in key
+        if not is_adapter_key(key)
     }
     if any(value.element_size() < 2 for value in merged.values()):
         raise UserError("the base is quantized: export with family.quantize=none, or the LoRA")
     if adapter is not None:
         for name, module in network.named_modules():
             if hasattr(module, "get_delta_weight") and adapter in module.lora_A:
-                key = f"{name}.weight"
-                merged[key] = merged[key].float() + module.get_delta_weight(adapter)
+                key = f"{name}.weight".replace(".base_layer.", ".")
+                whole = merged[key].float() + module.get_delta_weight(adapter)
+                if adapter in module.lora_magnitude_vector:  # DoRA
+                    length = module.lora_magnitude_vector[adapter].weight
+                    whole *= (length / whole.norm(dim=1))[:, None]
+                merged[key] = whole
     return {key: value.to("cpu", dtype) for key, value in merged.items()}

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.adapters import save_lora
+from diffdistill.adapters import save_lora, save_shadow
 from diffdistill.pipelines import loading
 from diffdistill.pipelines.exporting import check_empty, merged_state
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.roles import RoleSettings
+from diffdistill.shadow import standalone
 
 
 def export_language_model(
@@ -34,10 +36,34 @@ def export_language_model(
     Raises:
         UserError: If the base is quantized, or ``folder`` is not empty.
     """
-    check_empty(folder)
-    state = merged_state(network, adapter, family.weights_dtype)
     described: Any = network
-    config = type(described.config).from_dict(_plain_config(described.config))
+    state = merged_state(network, adapter, family.weights_dtype)
+    return _write_model(family, described, described.config, state, folder)
+
+
+def export_detached(
+    family: NetworkFamily, network: nn.Module, folder: Path, *, adapter: str
+) -> Path:
+    """Write a shadow without its base, as ``export_language_model`` does; return the folder.
+
+    It is a causal LM of the base's class, with few blocks, the base's embeddings and output head.
+    It is another predictor than the shadow with its base.
+
+    Raises:
+        UserError: If ``folder`` is not empty.
+    """
+    described: Any = network
+    config, weights = standalone(network, adapter)
+    state = {k: v.detach().to("cpu", family.weights_dtype) for k, v in weights.items()}
+    return _write_model(family, described, config, state, folder)
+
+
+def _write_model(
+    family: NetworkFamily, described: Any, config: Any, state: dict[str, Tensor], folder: Path
+) -> Path:
+    """Write weights as a model of the class of ``described``, with the family's tokenizer."""
+    check_empty(folder)
+    config = type(described.config).from_dict(_plain_config(config))
     if isinstance(family, LanguageFamily):
         config.is_causal = False
         config.mask_token_id = family.mask_id
@@ -68,32 +94,33 @@ def _save_tokenizer(family: TokenFamily, folder: Path) -> None:
     family.save_reader(folder)
 
 
-def export_language_lora(
+def export_adapter(
     family: TokenFamily,
     adapter: Mapping[str, Tensor],
     folder: Path,
-    *,
-    rank: int,
-    alpha: float,
+    settings: RoleSettings,
 ) -> Path:
-    """Write a LoRA for ``peft.PeftModel.from_pretrained(base, folder)``; return the folder.
+    """Write an adapter for ``peft.PeftModel.from_pretrained(base, folder)``; return the folder.
 
     The tokenizer is beside it. The base is the family's checkpoint; it is named where it is on the
     hub, and not where it is a folder of this machine.
 
     Args:
         family: The model family.
-        adapter: Factors by name, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``.
+        adapter: Weights by name, such as ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``.
         folder: Where to write.
-        rank: Rank of the adapter.
-        alpha: The update is scaled with ``alpha / rank``.
+        settings: Of the role whose adapter it is.
 
     Raises:
-        UserError: If ``folder`` is not empty.
+        UserError: If ``folder`` is not empty, or peft has no such shadow.
     """
     check_empty(folder)
     with loading.explained(f"write {folder}"):
         base = None if Path(family.path).is_dir() else family.path
-        save_lora(adapter, folder, base=base, rank=rank, alpha=alpha)
+        if settings.shadow is not None:
+            save_shadow(adapter, folder, base=base, settings=settings.shadow)
+        else:
+            rank, alpha, dora = settings.rank, settings.alpha, settings.dora
+            save_lora(adapter, folder, base=base, rank=rank, alpha=alpha, dora=dora)
         _save_tokenizer(family, folder)
     return folder

@@ -24,6 +24,7 @@ Attention = Literal["auto", "sdpa", "flash", "xformers"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+TERMS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")
 
 
@@ -74,7 +75,7 @@ def _download(path: str, part: str, revision: str | None, files: Sequence[str]) 
     patterns = [f"{part}/{p}" if part else p for p in files]
     with explained(f"find {path!r} (no such folder here, so it was taken for a hub id)"):
         found = snapshot_download(
-            path, revision=revision, allow_patterns=[*patterns, "model_index.json"]
+            path, revision=revision, allow_patterns=[*patterns, "model_index.json", *TERMS]
         )
     return Path(found)
 

@@ -275,7 +275,7 @@ FAULTS = [
     Fault(
         "bases copied with the adapters of others",
         "diffdistill/roles.py",
-        'return int(settings.weights == "trained" and settings.adapter == "lora")',
+        'return {"none": 0, "lora": 1, "shadow": 3}[adapter]',
         "return 0",
     ),
     Fault(

@@ -108,10 +108,10 @@ def test_a_restored_session_predicts_as_the_trained_one(tmp_path: Path) -> None:
     assert student.abs().sum() > 0
 
 
-def test_a_checkpoint_holds_only_safetensors_and_json(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_only_safetensors_json_and_a_card(tmp_path: Path) -> None:
     train(toy_config(make_data(tmp_path / "data")), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step-000008"
-    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json", ".md"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {p.name for p in folder.iterdir()} - {"manifest.json"}
 

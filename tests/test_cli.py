@@ -127,6 +127,9 @@ def test_a_lora_and_a_pipeline_are_exported(
         file = tmp_path / f"{layout}.safetensors"
         run_cli(monkeypatch, "export", run, file, "--layout", layout)
         assert load_file(file)
+        beside = json.loads((tmp_path / f"{layout}.provenance.json").read_text())
+        assert beside["result"]["weights_sha256"].keys() == {file.name}
+        assert (tmp_path / f"{layout}.README.md").is_file()
 
 
 def test_an_averaged_role_is_exported_at_the_scale_it_was_trained_with(

@@ -15,6 +15,7 @@ OPTIONAL = {
     "flash_attn": "family.attention flash",
     "wandb": "tracking.wandb",
     "lm_eval": "evaluate --suite lm-eval",
+    "cyclonedx": "provenance --format bom",
 }
 
 

@@ -1,6 +1,7 @@
 """What several commands share: a session to look at, its models by name, and tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -64,19 +65,25 @@ def kind_of(source: str, overrides: Sequence[str] = ()) -> Kind:
 
 
 def models(session: Session, names: Sequence[str]) -> dict[str, Role]:
-    """Return models by name: ``base``, or the roles of the method.
+    """Return models by name: ``base``, the roles of the method, or ``detached``.
+
+    The last is the student's shadow without its base, where it has one.
 
     Raises:
         UserError: If there is no such role, or none is named.
     """
-    known = {"base": None, **dict.fromkeys(session.roles.by_name)}
+    student = session.roles["student"]
+    made = {"base": lambda: base_role(session)}
+    if student.settings.shadow is not None:
+        made["detached"] = lambda: replace(student, name="detached", detached=True)
+    known = {**made, **dict.fromkeys(session.roles.by_name)}
     for name in names:
         if name not in known:
             hint = catalog.near(name, known)
             raise UserError(f"no model {name!r}{hint}; here: {catalog.listing(known)}")
     if not names:
         raise UserError(f"name at least one model; here: {catalog.listing(known)}")
-    return {name: base_role(session) if name == "base" else session.roles[name] for name in names}
+    return {name: made[name]() if name in made else session.roles[name] for name in names}
 
 
 def render(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from diffdistill.checkpoints import Checkpoints
+from diffdistill.checkpoints import Checkpoints, write_atomic
 from diffdistill.config import RunConfig
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.estimates import describe
 from diffdistill.evaluation.text_settings import check_evaluate
 from diffdistill.feeding import Feed, open_feed
+from diffdistill.lineage import at_step, check_provenance, papers, run_record
 from diffdistill.pictures import Painter
 from diffdistill.runs import check_fresh, claimed, write_versions
 from diffdistill.session import Session, build, check_servers, load_rewards
@@ -89,6 +90,8 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     """Return the run, at its checkpoint if one is resumed."""
     check_evaluate(config)
     session = build(config, distributed.device)
+    if open_obligations := check_provenance(session):
+        _say(distributed, open_obligations)
     check_servers(session)
     if (reward := getattr(session.method, "reward", None)) is not None:
         load_rewards(reward)
@@ -127,6 +130,7 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
         checkpoints.abandon_after(trainer.step)
         config.save(output / "config.yaml")
         write_versions(output)
+        _record(run, output)
     with Tracker(config, output, trainer.step, main=distributed.main) as tracker:
 
         def after_step(step: int, metrics: dict[str, float]) -> bool:
@@ -142,6 +146,14 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
             return not stop
 
         trainer.run(after_step)
+
+
+def _record(run: Run, output: Path) -> None:
+    """Write where the result comes from into the run's folder, and into each checkpoint."""
+    record = run_record(run.trainer.session, output)
+    run.checkpoints.attach = lambda step: papers(at_step(record, step))
+    for name, content in papers(record).items():
+        write_atomic(output / name, content)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
+from diffdistill.adapters import is_adapter_key
 from diffdistill.answering import decoded, encoded, language_family, make_sampler
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
@@ -279,7 +280,7 @@ def weights_digest(role: Role) -> str:
     """Return the SHA-256 of a role's weights: of its network, and of its own adapter."""
     digest = hashlib.sha256()
     own = {} if role.adapter is None else role.parameters()
-    base = {k: v for k, v in role.network.state_dict().items() if ".lora_" not in k}
+    base = {k: v for k, v in role.network.state_dict().items() if not is_adapter_key(k)}
     for name, value in sorted((base | {f"adapter.{k}": v for k, v in own.items()}).items()):
         digest.update(name.encode())
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8)

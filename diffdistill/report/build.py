@@ -214,7 +214,9 @@ def _role(role: Mapping[str, Any]) -> str:
     if role["weights"] == "ema":
         parts.append(f"decay {role['decay']}")
     if role.get("adapter") == "lora":
-        parts.append(f"LoRA of rank {role['rank']}")
+        parts.append(f"{'DoRA' if role.get('dora') else 'LoRA'} of rank {role['rank']}")
+    if role.get("adapter") == "shadow":
+        parts.append(f"shadow ({role['shadow']['variant']})")
     return ", ".join(parts)
 
 

@@ -158,7 +158,12 @@ class World:
 
     @torch.no_grad()
     def moved(self, role: Role) -> float:
-        """Return how far the weights are from those before, relative to their norm."""
+        """Return how far the weights are from those before, relative to their norm.
+
+        Those of the base under an adapter do not move.
+        """
+        if role.adapter is not None:
+            return 0.0
         before = self.student.parameters()
         gaps = [(p - before[name]).square().sum() for name, p in role.parameters().items()]
         sizes = [p.square().sum() for p in before.values()]
