@@ -116,13 +116,27 @@ class Questions:
         }
 
     def rollout(
-        self, student: Actor, batch: Batch, sampling: Sampling, draws: Draws, *, purpose: str
+        self,
+        actor: Actor,
+        batch: Batch,
+        sampling: Sampling,
+        draws: Draws,
+        *,
+        purpose: str,
+        reader: Reader = "student",
     ) -> Answers:
-        """Return an answer of the student's to each question, without a graph."""
-        told = self.condition(batch)
-        with torch.no_grad(), student.acting(self.device):
-            return self.student.sample(
-                student.network, told, batch["ids"], sampling, draws, purpose=purpose
+        """Return an answer of a model's to each question, without a graph.
+
+        Raises:
+            UserError: If the model only judges, as a server does.
+        """
+        family = self.family(reader)
+        if not isinstance(family, CausalLM):
+            raise UserError(f"the {reader} {family.path} judges answers, and cannot write them")
+        told = self.condition(batch, reader=reader)
+        with torch.no_grad(), actor.acting(self.device):
+            return family.sample(
+                actor.network, told, batch["ids"], sampling, draws, purpose=purpose
             )
 
     def given(self, batch: Batch) -> Answers:
