@@ -1,6 +1,6 @@
 """Answers of autoregressive models, and what a method may ask of a family of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -149,6 +149,10 @@ class AnswerFamily(Protocol):
 
     def examples(self, batch: Batch) -> Sequence[Example]:
         """Return the examples of a batch, a row each."""
+        ...
+
+    def by_skill(self, batch: Batch) -> Mapping[str, Batch]:
+        """Return the questions of each of ``data.skills``, as a run of it alone has them."""
         ...
 
     def spelled(self, answers: Answers) -> list[str]:

@@ -36,6 +36,7 @@ class Example(NamedTuple):
         text: A plain text.
         solution: Of a question: the worked reference solution, which a teacher may be shown.
         answer: Of a question: the final answer alone, by which answers are verified.
+        skill: Of a question: which of ``data.skills`` it is of; None where there are none.
     """
 
     prompt: str
@@ -50,6 +51,7 @@ class Example(NamedTuple):
     text: str | None = None
     solution: str | None = None
     answer: str | None = None
+    skill: str | None = None
 
     def without_target(self) -> "Example":
         """Return what a student may see of it: size and frames in place of image or video."""

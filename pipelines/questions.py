@@ -193,6 +193,23 @@ class Questions:
         examples: Sequence[Example] = batch["examples"]
         return examples
 
+    def by_skill(self, batch: Batch) -> dict[str, Batch]:
+        """Return the questions of each skill, with the numbers that they have without the others.
+
+        Args:
+            batch: Of ``question_feed``: ids are those numbers times the number of skills, and the
+                skill's own.
+        """
+        skills, examples = batch["skills"], self.examples(batch)
+        numbers = batch["ids"].tolist()
+        return {
+            skill: self.collate(
+                [example for example in examples if example.skill == skill],
+                [n // len(skills) for n in numbers if n % len(skills) == place],
+            )
+            for place, skill in enumerate(skills)
+        }
+
     def spelled(self, answers: Answers) -> list[str]:
         """Return the text of each answer, without special tokens."""
         rows = zip(answers.tokens, answers.mask, strict=True)
