@@ -230,7 +230,8 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     settings = SECTIONS | {"sample": SAMPLES[cls.kind()]}
     sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
     given_roles = _section(values.get("roles"), f"{origin}: roles")
-    roles = _roles(cls, given_roles, origin)
+    skills = list(sections["data"].skills or {})
+    roles = _roles(_known_roles(cls, method, skills, origin), given_roles, origin)
     if sections["train"].ema is not None:
         train = sections["train"]
         average = {"weights": "ema", "decay": train.ema, "start": train.ema_start}
@@ -251,8 +252,20 @@ def _rewards(given: Any, origin: str) -> list[dict[str, Any]]:
     return [_named({"rewards": item}, "reward", origin, "rewards") for item in named]
 
 
-def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, RoleSettings]:
-    known = dict(method.roles)
+def _known_roles(
+    method: Any, named: Mapping[str, Any], skills: Sequence[str], origin: str
+) -> dict[str, Mapping[str, Any]]:
+    """Return the roles of a method by name, where a config says nothing of them."""
+    options = {key: value for key, value in named.items() if key != "name"}
+    try:
+        return dict(method.roles) | method.experts(skills, options)
+    except ValueError as error:
+        raise UserError(f"{origin}: method {named['name']}: {error}") from error
+
+
+def _roles(
+    known: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], origin: str
+) -> dict[str, RoleSettings]:
     for name in given:
         if name not in known and name != "average":
             hint = catalog.near(name, known)

@@ -50,6 +50,7 @@ class MeasureSettings:
 
     Attributes:
         path: Questions with answers that no stage learns from. None takes those of the stage.
+        skills: Instead of ``path``, those of several skills by name, one of each after the other.
         num_questions: How many, the first.
         num_answers: Answers to each, sampled at temperature 1, whose mean reward is the score.
         seed: Seed of the answers.
@@ -57,6 +58,7 @@ class MeasureSettings:
     """
 
     path: str | None = None
+    skills: dict[str, str] | None = None
     num_questions: PositiveInt = 64
     num_answers: PositiveInt = 4
     seed: NonNegativeInt = 0

@@ -111,6 +111,10 @@ class Questions:
         found: Sequence[Example] = batch["examples"]
         return found
 
+    def by_skill(self, batch: Batch) -> dict[str, Batch]:
+        found: dict[str, Batch] = batch["skills"]
+        return found
+
     def spelled(self, answers: Answers) -> list[str]:
         rows = zip(answers.tokens, answers.mask, strict=True)
         return ["".join(map(str, tokens[mask].tolist())) for tokens, mask in rows]

@@ -29,11 +29,12 @@ def read_questions(
     skills = of_skills(settings)
     if not skills:
         return read_examples(_question, settings, root, problems)
-    parts = [
-        (example._replace(skill=name) for example in read_questions(part, root, problems))
-        for name, part in skills.items()
-    ]
-    turns = chain.from_iterable(zip_longest(*parts))
+
+    def of(skill: str) -> Iterator[Example]:
+        found = read_questions(skills[skill], root, problems)
+        return (example._replace(skill=skill) for example in found)
+
+    turns = chain.from_iterable(zip_longest(*(of(skill) for skill in skills)))
     return (example for example in turns if example is not None)
 
 

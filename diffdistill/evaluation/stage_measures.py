@@ -88,10 +88,9 @@ def closeness(config: RunConfig, measure: MeasureSettings) -> dict[str, float]:
 def _measured(config: RunConfig, measure: MeasureSettings) -> RunConfig:
     """Return a config with the questions and the sampling of a measurement."""
     data: DataSettings = config.data
-    if measure.path is not None:
-        data = replace(
-            data, path=measure.path, source=None, skills=None, max_examples=None, skip_examples=0
-        )
+    if measure.path is not None or measure.skills is not None:
+        own = {"path": measure.path, "skills": measure.skills, "source": None}
+        data = replace(data, **own, max_examples=None, skip_examples=0)
     sample = replace(
         config.replies,
         num_answers=measure.num_answers,
