@@ -1,15 +1,15 @@
 """Do experts that teach each other while they learn end better than other ways (CoPD)?
 
-Trains the bundled `skills-base`, which is often wrong at arithmetic and at editing words, on both: one
-model on a mix; an expert of each; two experts of which one then teaches the other; and CoPD, whose
-experts are averaged. Ablations of CoPD: nobody teaches (beta 0), one direction alone, teachers that
-are renewed at the start of a phase, other lengths of a cycle. Every model takes as many updates, from
-16 answers of each skill that it learns; a cross batch of CoPD is 16 more.
+Trains the bundled `skills-base`, which is often wrong at arithmetic and at editing words, on both:
+one model on a mix; an expert of each; two experts of which one then teaches the other; and CoPD,
+whose experts are averaged. Ablations of CoPD: nobody teaches (beta 0), one direction alone,
+teachers that are renewed at the start of a phase, other lengths of a cycle. Every model takes as
+many updates, from 16 answers of each skill that it learns; a cross batch of CoPD is 16 more.
 
     python scripts/reproduce/copd.py
 
-Writes results.json, figure.png and README.md to samples/copd. Each run is saved when it is done, and
-what is there already is not run again.
+Writes results.json, figure.png and README.md to samples/copd. Each run is saved when it is done,
+and what is there already is not run again.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from collecting import (
     Arm,
     cell,
     collect,
-    deviation,
     header,
     open_results,
     row,
@@ -115,11 +114,6 @@ def measured(session: Session, role: Role, amount: Amount) -> dict[str, float]:
     return found | {"both": statistics.fmean(found.values())}
 
 
-def shortened(steps: int, total: int) -> list[str]:
-    """Return the overrides of a run of so many of the steps of a whole one, that draws nothing."""
-    return [f"train.steps={steps}", f"train.warmup={min(15, total // 10)}"]
-
-
 def told(folder: Path) -> dict[str, float]:
     """Return what a run logged: means, and how close experts were in its last tenth."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -142,7 +136,7 @@ def run(arm: Arm, amount: Amount, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         here = ["tracking.tensorboard=false", f"train.seed={seed}"]
-        here += shortened(amount.steps, amount.steps)
+        here += [f"train.steps={amount.steps}", f"train.warmup={amount.steps // 10}"]
         train(load_config(arm.config, [*here, *arm.overrides]), folder)
         session = restore(folder, device=CPU)
         found = measured(session, session.roles["student"], amount)
@@ -208,7 +202,6 @@ def line(results: Mapping[str, Any], arm: str) -> str:
 def page(results: Mapping[str, Any], arms: Sequence[str]) -> str:
     """Return the page; the reading is written by hand in reading.md."""
     base = [f"{results['base'][key]:.3f}" if key in results["base"] else "-" for key in SHOWN]
-    spread = max(deviation(values(results, arm, "both")) for arm in arms)
     lines = [
         "# CoPD on arithmetic and editing",
         "",
@@ -216,10 +209,9 @@ def page(results: Mapping[str, Any], arms: Sequence[str]) -> str:
         f"{results['steps']}`. All go on from `skills-base`; {results['steps']} updates of each "
         f"model, of which experts of train-then-distil take {SHARE:.0%}. Right: the share of right "
         f"answers (mean@{NUM_ANSWERS}) to {results['questions']} held-out questions of each skill, "
-        "sampled at temperature 1; mean and standard deviation over training seeds (the largest of "
-        f"both skills: {spread:.3f}). CoPD is the mean of its experts, which are also measured by "
-        "themselves. Overlap and KL are those in the last tenth of training. Seconds depend on what "
-        "else ran. Experts differ only in how they learn: samples are the same questions.",
+        "sampled at temperature 1; mean and standard deviation over training seeds. CoPD is the "
+        "mean of its experts, which are also measured by themselves. Overlap and KL are those in "
+        "the last tenth of training. Seconds depend on what else ran.",
         "",
         "![arms, and how close experts are](figure.png)",
         "",

@@ -1,19 +1,18 @@
 """Where do labels do most good: at the student, or at its teacher (Sparse-to-Dense)?
 
-Runs the pipeline `sparse-to-dense/arithmetic` with all its arms for several seeds: GRPO of the teacher
-and then a bridge to the student; the same labels for the student itself; a raw teacher; no warm-up; no
-on-policy part; and rewards for the student after the bridge, with new labels and with old ones.
+Runs the pipeline `sparse-to-dense/arithmetic` with all its arms for several seeds: GRPO of the
+teacher and then a bridge to the student; the same labels for the student itself; a raw teacher; no
+warm-up; no on-policy part; and rewards for the student after the bridge, with new labels and old.
 
     python scripts/reproduce/sparse_to_dense.py
 
-Writes results.json, figure.png and README.md to samples/sparse-to-dense. Each seed is saved when it is
-done, and what is there already is not run again.
+Writes results.json, figure.png and README.md to samples/sparse-to-dense. Each stage of each seed is
+kept in runs/sparse-to-dense, and what is there already is not run again.
 """
 
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -63,14 +62,13 @@ def told(arm: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def run(overrides: list[str], seed: int) -> dict[str, float]:
+def run(overrides: list[str], runs: Path, seed: int) -> dict[str, float]:
     """Run all arms with a seed and return their numbers, each under ``arm/number``."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        output = Path(name)
-        changes = [*overrides, f"train.seed={seed}", "tracking.tensorboard=false"]
-        pipeline(NAME, output=output, overrides=changes, arms=["all"])
-        arms = json.loads((output / "pipeline.json").read_text())
+    output = runs / f"seed-{seed}"
+    changes = [*overrides, f"train.seed={seed}", "tracking.tensorboard=false"]
+    pipeline(NAME, output=output, overrides=changes, arms=["all"])
+    arms = json.loads((output / "pipeline.json").read_text())
     return {f"{arm}/{key}": value for arm in arms for key, value in told(arms[arm]).items()}
 
 
@@ -107,10 +105,10 @@ def page(results: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         "# Sparse-to-Dense on arithmetic",
         "",
         f"Made by `python scripts/reproduce/sparse_to_dense.py --seeds {len(results['seeds'])}`: "
-        f"`diffdistill pipeline {NAME} --arm all` with each seed. Right: the mean reward of answers "
-        f"to {results['questions']} held-out questions, four each, sampled at temperature 1; mean "
-        "and standard deviation over seeds. Labelled prompts: different questions by whose answers "
-        "an arm was rewarded, in all its stages. The stages and their gates: "
+        f"`diffdistill pipeline {NAME} --arm all` with each seed. Right: the mean reward of "
+        f"answers to {results['questions']} held-out questions, four each, sampled at temperature "
+        "1; mean and standard deviation over seeds. Labelled prompts: different questions by whose "
+        "answers an arm was rewarded, in all its stages. The stages and their gates: "
         "[docs](../../docs/methods/sparse-to-dense.md).",
         "",
         "![scores by labels](figure.png)",
@@ -134,16 +132,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "samples" / "sparse-to-dense")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 seed, 1 step a stage")
     given = parser.parse_args()
-    overrides, questions = list[str](), 200
+    overrides, questions, runs = list[str](), 200, ROOT / "runs" / "sparse-to-dense"
     if given.quick:
-        given.seeds, questions = 1, 4
+        given.seeds, questions, runs = 1, 4, given.output / "runs"
         overrides += ["train.steps=1", "train.warmup=0"]
     overrides.append(f"measure.num_questions={questions}")
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / "results.json"
     results = open_results(path, {"questions": questions})
     save_results(path, results)
-    job = {"seeds": partial(run, overrides)}
+    job = {"seeds": partial(run, overrides, runs)}
     collect(path, results, job, given.seeds, given.workers, [f"{WHOLE}/score"])
     found = by_arm(results, load_pipeline(NAME).arms)
     draw(found, given.output)
