@@ -89,8 +89,8 @@ def _measured(config: RunConfig, measure: MeasureSettings) -> RunConfig:
     """Return a config with the questions and the sampling of a measurement."""
     data: DataSettings = config.data
     if measure.path is not None or measure.skills is not None:
-        own = {"path": measure.path, "skills": measure.skills, "source": None}
-        data = replace(data, **own, max_examples=None, skip_examples=0)
+        data = replace(data, path=measure.path, skills=measure.skills, source=None)
+        data = replace(data, max_examples=None, skip_examples=0)
     sample = replace(
         config.replies,
         num_answers=measure.num_answers,
