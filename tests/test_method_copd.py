@@ -21,7 +21,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.merging import mean_weights
 from diffdistill.projection import dense
-from diffdistill.question_feed import question_batches
+from diffdistill.question_feed import question_batches, seen_questions
 from diffdistill.session import build, questions
 from diffdistill.text.copd import CoPD, PhaseStarts
 from diffdistill.text.grpo import GRPO
@@ -329,6 +329,18 @@ def test_a_micro_batch_has_the_questions_of_each_skill_that_a_run_of_it_alone_ha
             assert torch.equal(parts[skill]["ids"], expected["ids"])
     for stream in (together, *singles.values()):
         stream.close()
+
+
+def test_one_model_learns_several_skills_from_as_many_questions_of_each(
+    world: Path, tmp_path: Path
+) -> None:
+    values = copd_values(world, train={"steps": 1})
+    values |= {"method": {"name": "grpo", "num_answers": 2, "max_tokens": 4}, "roles": {}}
+    train(parse_config(values), tmp_path)
+    assert tensors(tmp_path).keys() == {"role-student", "optimizer-student"}
+    session = build(parse_config(values), CPU)
+    seen = [example.origin.partition(":")[0] for example in seen_questions(session, 2)]
+    assert seen == [str(world / "questions.jsonl")] * 2 + [str(world / "words.jsonl")] * 2
 
 
 def test_experts_and_their_mean_are_measured_by_skill_and_the_mean_is_exported(

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from diffdistill import cli
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.pipeline import dry_run, pipeline
 from diffdistill.config import load_config, parse_config
@@ -297,6 +298,21 @@ def test_a_dry_run_tells_the_stages_and_what_is_done(done: Path, world: Path) ->
     assert "to do" in text
     assert "bridge" not in text
     assert not (done / "none").exists()
+
+
+def test_the_command_line_runs_and_plans_pipelines(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["pipeline", str(done / "staged.yaml"), "--output", str(done / "out"), "--arm", "all"]
+    for more in ([], ["--dry-run"]):
+        monkeypatch.setattr("sys.argv", ["diffdistill", *given, *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        assert "teacher" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process, and starts others with --launch"):
+        pipeline(str(done / "staged.yaml"), output=done / "out")
 
 
 def stopped(config: str, output: Path) -> None:
