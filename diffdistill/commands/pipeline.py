@@ -92,7 +92,7 @@ def dry_run(name: str, *, output: Path, overrides: Sequence[str], arms: Sequence
             config.method["name"],
             ", ".join(stage.needs) or "-",
             str(train_.steps),
-            str(train_.steps * train_.accumulate * data.batch_size),
+            str(train_.steps * train_.accumulate * data.batch_size * _num_skills(config)),
             "; ".join(asked) or "-",
             _status(output / stage.name),
             ", ".join(of),
@@ -100,6 +100,11 @@ def dry_run(name: str, *, output: Path, overrides: Sequence[str], arms: Sequence
         lines.append(cells)
     titles = ("stage", "method", "needs", "steps", "questions", "gates", "status", "arms")
     return render(titles, lines)
+
+
+def _num_skills(config: RunConfig) -> int:
+    """Return how many questions a micro-batch has for each of ``data.batch_size``."""
+    return len(config.data.skills or [""])
 
 
 def _status(folder: Path) -> str:
@@ -187,7 +192,7 @@ class _Running:
         found: dict[str, Any] = {
             "method": self.config.method["name"],
             "updates": state["updates"],
-            "questions": state["samples"],
+            "questions": state["samples"] * _num_skills(self.config),
             "labelled": sorted(sha256(text.encode()).hexdigest()[:16] for text in labelled),
             "weights": sha256((checkpoint / "manifest.json").read_bytes()).hexdigest(),
         }
