@@ -17,7 +17,8 @@ from diffdistill.config import load_config, parse_config
 from diffdistill.errors import UserError
 from diffdistill.question_feed import labelled_questions, seen_questions
 from diffdistill.session import build
-from diffdistill.stages import StageSettings, gates, load_pipeline, merged
+from diffdistill.stage_gates import StageSettings, gates
+from diffdistill.stages import load_pipeline, merged
 from diffdistill.trainer import Trainer
 from tests.answer_run import save_answer_world
 from tests.conftest import CPU

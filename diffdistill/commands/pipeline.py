@@ -23,7 +23,8 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.stage_measures import closeness, scores
 from diffdistill.question_feed import labelled_questions
 from diffdistill.runs import claimed
-from diffdistill.stages import Gate, Pipeline, Stage, gates, load_pipeline, model_folder
+from diffdistill.stage_gates import Gate, gates
+from diffdistill.stages import Pipeline, Stage, load_pipeline, model_folder
 
 RECORD = "stage.json"
 """What is known of a stage that is done; one without it is not."""

@@ -17,7 +17,7 @@ from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
 from diffdistill.roles import Role
 from diffdistill.sampling import base_role, inference
 from diffdistill.session import Session, build, build_answer_reward
-from diffdistill.stages import MeasureSettings
+from diffdistill.stage_gates import MeasureSettings
 from diffdistill.supports import TopK
 
 
