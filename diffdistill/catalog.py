@@ -21,6 +21,7 @@ METHODS = {
     "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "confidence": "diffdistill.methods.confidence:Confidence",
+    "copd": "diffdistill.text.copd:CoPD",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
     "dmd": "diffdistill.methods.dmd:DMD",
     "egx": "diffdistill.text.egx:EGX",

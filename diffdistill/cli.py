@@ -1,6 +1,8 @@
 """The command line. Commands import what they need when they run, so that help is fast."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,12 +49,8 @@ def train(
     if dry_run:
         typer.echo(command.dry_run(checked))
         return
-    name = config.removesuffix(".yaml").replace("/", "-").strip(".-")
-    try:
-        command.train(checked, output or Path("runs") / name, resume)
-    except command.Interrupted as interrupted:
-        typer.echo(str(interrupted), err=True)
-        raise typer.Exit(interrupted.exit_code) from None
+    with _stopping():
+        command.train(checked, output or Path("runs") / _run_name(config), resume)
 
 
 @app.command()
@@ -280,6 +278,38 @@ def calibrate_lambda(
 
 
 @app.command()
+def pipeline(
+    config: Annotated[str, typer.Argument(help="A YAML file with stages, or a bundled name.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="train.seed=1 for all stages, or stages.NAME.change.train.steps=9."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The pipeline's folder; runs/CONFIG where not given.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Which arm, or all; repeatable; else the first.")
+    ] = None,
+    launch: Annotated[
+        str | None, typer.Option(help="How to start each run, such as 'accelerate launch'.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the stages and what is done; run nothing.")
+    ] = False,
+) -> None:
+    """Run runs that go on from each other's models; those that are done are not run again."""
+    from diffdistill.commands import pipeline as command
+
+    folder = output or Path("runs") / _run_name(config)
+    options: dict[str, Any] = {"output": folder, "overrides": overrides or [], "arms": arm or []}
+    if dry_run:
+        typer.echo(command.dry_run(config, **options))
+        return
+    with _stopping():
+        typer.echo(command.pipeline(config, launch=launch, **options))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One or several runs' folders.")],
     output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
@@ -362,7 +392,8 @@ def convert(
 @app.command("list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="methods, families, rewards or configs; all if left out.")
+        str | None,
+        typer.Argument(help="methods, families, rewards, configs or pipelines; all if left out."),
     ] = None,
 ) -> None:
     """List what a config can name."""
@@ -391,6 +422,23 @@ def doctor() -> None:
     from diffdistill.commands.doctor import diagnose
 
     typer.echo(diagnose())
+
+
+def _run_name(config: str) -> str:
+    """Return what the folder of a config's run is called."""
+    return config.removesuffix(".yaml").replace("/", "-").strip(".-")
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Say that a run within the block was stopped, and exit as a signal does."""
+    from diffdistill.commands.train import Interrupted
+
+    try:
+        yield
+    except Interrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(interrupted.exit_code) from None
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

@@ -5,7 +5,7 @@ family or method class, and the settings classes below. An unknown key is an err
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -173,11 +173,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: For anything wrong in the file or an override.
     """
+    path, values = read_values(name, overrides)
+    if "stages" in values:
+        raise UserError(f"{path} is a pipeline of several runs: diffdistill pipeline {name}")
+    return parse_config(values, str(path))
+
+
+def read_values(name: str, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """Return the file of a config and what it says, with overrides; nothing is checked.
+
+    Raises:
+        UserError: If there is none, or it or an override cannot be read.
+    """
     path = find_config(name)
     values = _read(path)
     for override in overrides:
-        _override(values, override)
-    return parse_config(values, str(path))
+        apply_override(values, override)
+    return path, values
 
 
 def find_config(name: str) -> Path:
@@ -186,16 +198,28 @@ def find_config(name: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    known = dict.fromkeys(bundled_configs())
+    known = dict.fromkeys([*bundled_configs(), *bundled_pipelines()])
     raise UserError(
         f"no config file {name!r}{catalog.near(name, known)}; bundled: {catalog.listing(known)}"
     )
 
 
 def bundled_configs() -> list[str]:
-    """Return the names of the configs that ship with the package."""
-    files = (p.relative_to(CONFIGS).with_suffix("") for p in CONFIGS.rglob("*.yaml"))
-    return sorted(p.as_posix() for p in files if p.parts[0] != "accelerate")
+    """Return the names of the configs of runs that ship with the package."""
+    return [name for name, staged in _bundled() if not staged]
+
+
+def bundled_pipelines() -> list[str]:
+    """Return the names of the pipelines that ship with the package (see ``stages``)."""
+    return [name for name, staged in _bundled() if staged]
+
+
+def _bundled() -> Iterator[tuple[str, bool]]:
+    """Yield each bundled config, and whether it is a pipeline."""
+    for file in sorted(CONFIGS.rglob("*.yaml")):
+        path = file.relative_to(CONFIGS).with_suffix("")
+        if path.parts[0] != "accelerate":
+            yield path.as_posix(), bool(re.search("^stages:", file.read_text(), re.MULTILINE))
 
 
 def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
@@ -212,7 +236,8 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     settings = SECTIONS | {"sample": SAMPLES[cls.kind()]}
     sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
     given_roles = _section(values.get("roles"), f"{origin}: roles")
-    roles = _roles(cls, given_roles, origin)
+    skills = list(sections["data"].skills or {})
+    roles = _roles(_known_roles(cls, method, skills, origin), given_roles, origin)
     if sections["train"].ema is not None:
         train = sections["train"]
         average = {"weights": "ema", "decay": train.ema, "start": train.ema_start}
@@ -252,8 +277,20 @@ def _rewards(given: Any, origin: str) -> list[dict[str, Any]]:
     return [_named({"rewards": item}, "reward", origin, "rewards") for item in named]
 
 
-def _roles(method: Any, given: Mapping[str, Any], origin: str) -> dict[str, RoleSettings]:
-    known = dict(method.roles)
+def _known_roles(
+    method: Any, named: Mapping[str, Any], skills: Sequence[str], origin: str
+) -> dict[str, Mapping[str, Any]]:
+    """Return the roles of a method by name, where a config says nothing of them."""
+    options = {key: value for key, value in named.items() if key != "name"}
+    try:
+        return dict(method.roles) | method.experts(skills, options)
+    except ValueError as error:
+        raise UserError(f"{origin}: method {named['name']}: {error}") from error
+
+
+def _roles(
+    known: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], origin: str
+) -> dict[str, RoleSettings]:
     for name in given:
         if name not in known and name != "average":
             hint = catalog.near(name, known)
@@ -373,7 +410,12 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set what an override ``section.key=value`` says.
+
+    Raises:
+        UserError: If it cannot be read, or a section is none.
+    """
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"override {override!r}: expected section.key=value")

@@ -11,10 +11,7 @@ import torch
 from diffdistill.data.batches import make_batches, prefetched
 from diffdistill.data.cache import Encoded, EncodedDataset, Encoder, Entry, Examples
 from diffdistill.data.dataset import open_dataset
-from diffdistill.data.problems import Problem
-from diffdistill.data.questions import read_questions
-from diffdistill.data.settings import DataSettings
-from diffdistill.data.stream import MicroBatch, Stream
+from diffdistill.data.stream import MicroBatch
 from diffdistill.data.streaming import Group, endless_texts, groups
 from diffdistill.data.texts import open_texts
 from diffdistill.distributed import Distributed
@@ -22,13 +19,10 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.chats import Row
 from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_pair import FILLERS, TextPair
+from diffdistill.question_feed import question_batches, stream_of, telling
 from diffdistill.session import Session, flow_family
 from diffdistill.texts import Reader
 from diffdistill.types import Batch, Example
-
-TOLD_EVERY = 1000
-"""How many texts of a stream are read before it is said what was left out."""
-
 
 TOLD_SECONDS = 5.0
 """How long nothing more is said of how far encoding has come."""
@@ -67,7 +61,7 @@ def open_feed(
     """
     data, pair = session.config.data, session.family
     if isinstance(pair, Questions):
-        return _asked(session, pair, distributed)
+        return Feed(question_batches(session, pair, distributed))
     if isinstance(pair, TextPair) and data.streaming:
         return _streamed(session, pair, distributed)
     dataset = _open(session)
@@ -80,47 +74,6 @@ def open_feed(
         return make_batches(encoded, pair, order, session.draws)
 
     return Feed(batches, None if isinstance(pair, TextPair) else encoded)
-
-
-def _asked(session: Session, family: Questions, distributed: Distributed) -> Feed:
-    """Return questions as they are; their prompts are tokenized when a model is asked."""
-    data, seed = session.config.data, session.config.train.seed
-    for name, wrong in (("packing", data.packing), ("turns", data.turns == "each")):
-        if wrong:
-            raise UserError(
-                f"data.{name}={getattr(data, name)} is for masked diffusion: an autoregressive "
-                "model is asked each row's last question alone"
-            )
-
-    def read(settings: DataSettings, root: Path, problems: list[Problem]) -> Iterator[Example]:
-        found = read_questions(settings, root, problems)
-        uses = session.method.solutions()
-        return (example for example in found if family.usable(example, solutions=uses))
-
-    if data.streaming:
-        examples = _telling(endless_texts(data, seed, read=read), family)
-
-        def collate(group: Group[Example]) -> Batch:
-            return family.collate(group.items, group.ids)
-
-        def streamed(start: int) -> Generator[Batch]:
-            where = {"rank": distributed.rank, "world": distributed.world, "start": start}
-            return prefetched(groups(examples, data.batch_size, **where), collate, family.device)
-
-        return Feed(streamed)
-    try:
-        dataset = open_texts(data, read=read)
-    finally:
-        family.release()
-
-    def make(micro: MicroBatch) -> Batch:
-        return family.collate([dataset[index] for index in micro.indices], micro.ids)
-
-    def batches(start: int) -> Generator[Batch]:
-        order = _order(session, dataset.groups, distributed, start)
-        return prefetched(order, make, family.device)
-
-    return Feed(batches)
 
 
 def _open(session: Session) -> Examples:
@@ -184,9 +137,7 @@ def _sparingly(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
 def _order(
     session: Session, alike: Sequence[object], distributed: Distributed, start: int
 ) -> Iterator[MicroBatch]:
-    data = session.config.data
-    stream = Stream(alike, data.batch_size, session.config.train.seed, repeats=data.repeats)
-    return stream.for_rank(distributed.rank, distributed.world, start)
+    return stream_of(session, alike).for_rank(distributed.rank, distributed.world, start)
 
 
 def _packed(
@@ -219,7 +170,7 @@ def _rows(encoded: Encoded, pair: TextPair) -> dict[Reader, Row]:
 def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Feed:
     """Return texts that are read and encoded as they are needed."""
     data, rank, world = session.config.data, distributed.rank, distributed.world
-    texts = _telling(endless_texts(data, session.config.train.seed), pair)
+    texts = telling(endless_texts(data, session.config.train.seed), pair)
 
     def encode(group: Group[Example]) -> Batch:
         return _collated(pair, group.ids, pair.encode(group.items))
@@ -235,14 +186,6 @@ def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Fee
         return prefetched(groups(texts, data.batch_size, **where), encode, pair.device)
 
     return Feed(batches)
-
-
-def _telling(texts: Iterator[Example], family: TextPair | Questions) -> Iterator[Example]:
-    """Yield texts; from time to time say what was left out, which would else pile up."""
-    for number, text in enumerate(texts, start=1):
-        yield text
-        if number % TOLD_EVERY == 0:
-            family.release()
 
 
 def _collated(pair: TextPair, ids: Sequence[int], encoded: Sequence[Encoded]) -> Batch:

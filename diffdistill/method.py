@@ -1,7 +1,7 @@
 """A distillation method: which losses a batch gives rise to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
@@ -40,6 +40,23 @@ class Method(ABC):
         if cls.answers:
             return "answers"
         return "texts" if cls.texts else "pictures"
+
+    @classmethod
+    def experts(
+        cls, skills: Sequence[str], options: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the settings of the roles that there are besides ``roles``, by name.
+
+        A method that has any gets them as its part ``peers``.
+
+        Args:
+            skills: The names in ``data.skills``.
+            options: The method's options.
+
+        Raises:
+            ValueError: If there are too few skills, or a name is taken.
+        """
+        return {}
 
     @abstractmethod
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffdistill.adapters import active, adapter_parameters, add_lora, tuner_layers
 from diffdistill.errors import UserError
+from diffdistill.merging import mean_weights
 from diffdistill.projection import Prediction
 from diffdistill.shadow import ShadowSettings, add_shadow, alone, forget
 from diffdistill.shadow_losses import auxiliary_loss
@@ -30,7 +31,7 @@ class RoleSettings:
     Attributes:
         weights: ``trained`` has its own optimizer; ``ema`` averages the role named in ``of``;
             ``frozen`` never changes; ``live`` is the role named in ``of`` itself, without
-            gradient.
+            gradient; ``mean`` is the average of the weights of all trained roles.
         of: The role that ``ema`` and ``live`` follow.
         path: A transformer folder to load instead of the family's own.
         adapter: ``lora`` trains an adapter of the frozen base, ``shadow`` a small network beside it
@@ -50,7 +51,7 @@ class RoleSettings:
             kind than the student is of, with its own tokenizer. None is the run's ``family``.
     """
 
-    weights: Literal["trained", "ema", "frozen", "live"] = "trained"
+    weights: Literal["trained", "ema", "frozen", "live", "mean"] = "trained"
     of: str = "student"
     path: str | None = None
     adapter: Literal["lora", "shadow", "none"] = "none"
@@ -269,6 +270,8 @@ class Roles:
     def average(self, updated: str, updates: int = 1) -> None:
         """Move every average of the role ``updated`` towards it, after so many of its updates."""
         for role in self.by_name.values():
+            if role.settings.weights == "mean":
+                set_mean(role, self.trained())
             if role.settings.weights == "ema" and role.settings.of == updated:
                 share = 1.0 if updates <= role.settings.start else 1.0 - role.settings.decay
                 if share == 0.0:
@@ -312,6 +315,8 @@ def build_roles(
             roles.by_name[name] = Role(name, chosen, source.family, source.network, source.adapter)
         elif chosen.weights == "ema":
             roles.by_name[name] = _averaged(name, chosen, roles[chosen.of])
+        elif chosen.weights == "mean":
+            roles.by_name[name] = _merged(name, chosen, roles.trained())
         else:
             roles.by_name[name] = _loaded(name, chosen, networks[name], roles, seed)
     roles.by_name = {name: roles[name] for name in settings}
@@ -325,8 +330,10 @@ def _turn(chosen: RoleSettings, settings: Mapping[str, RoleSettings]) -> int:
     """Return when a role is built.
 
     Bases are copied before adapters are put into them, LoRA is put in before a shadow is put around
-    its blocks, and what follows a role comes after it.
+    its blocks, what follows a role comes after it, and what is a mean after all.
     """
+    if chosen.weights == "mean":
+        return 1 + max(_turn(s, settings) for s in settings.values() if s.weights == "trained")
     if chosen.weights in ("ema", "live"):
         return 1 + _turn(settings[chosen.of], settings)
     adapter = chosen.adapter if chosen.weights == "trained" else "none"
@@ -394,6 +401,31 @@ def _averaged(name: str, chosen: RoleSettings, source: Role) -> Role:
     return role
 
 
+def _merged(name: str, chosen: RoleSettings, sources: list[Role]) -> Role:
+    """Return the mean of roles; of adapters it is one adapter that has all their ranks."""
+    first = sources[0]
+    ours = first.settings
+    form = replace(ours, weights="mean", lr=None)
+    if first.adapter is not None:
+        count = len(sources)
+        form = replace(form, rank=count * ours.rank, alpha=count * ours.alpha)
+        _add_adapter(first.network, name, form, first.family, seed=0)
+        role = Role(name, form, first.family, first.network, adapter=name)
+    else:
+        role = Role(name, form, first.family, copy.deepcopy(first.network))
+    set_mean(role, sources)
+    return role
+
+
+@torch.no_grad()
+def set_mean(target: Role, sources: list[Role]) -> None:
+    """Set the weights of ``target`` to the mean of those of ``sources``."""
+    parts = [source.parameters() for source in sources]
+    found = mean_weights(parts, adapters=target.adapter is not None)
+    for name, parameter in target.parameters().items():
+        parameter.copy_(found[name])
+
+
 def _add_adapter(
     network: nn.Module, name: str, chosen: RoleSettings, family: Caller, seed: int
 ) -> int:
@@ -442,6 +474,8 @@ def _check(settings: Mapping[str, RoleSettings]) -> None:
                 given = getattr(chosen, option)
                 raise UserError(f"roles.{name}.{option} must be {range_}, not {given}")
         _check_shadow(name, chosen)
+        if chosen.weights == "mean":
+            _check_mean(name, settings)
         if chosen.weights not in ("ema", "live"):
             continue
         followed = settings.get(chosen.of)
@@ -478,3 +512,15 @@ def _check_shadow(name: str, chosen: RoleSettings) -> None:
         if not fine:
             given = getattr(shadow, option)
             raise UserError(f"roles.{name}.shadow.{option} must be {range_}, not {given}")
+
+
+def _check_mean(name: str, settings: Mapping[str, RoleSettings]) -> None:
+    """Refuse the mean of networks that have not the same weights."""
+    trained = {n: s for n, s in settings.items() if s.weights == "trained"}
+    forms = {(s.path, s.adapter, s.rank, s.alpha, str(s.targets)) for s in trained.values()}
+    if len(forms) != 1 or any(s.head or s.dora or s.shadow for s in trained.values()):
+        raise UserError(
+            f"roles.{name}: a mean is of trained roles with the same path, adapter, rank, alpha "
+            "and targets, and without heads, DoRA or shadows; trained here: "
+            f"{', '.join(trained) or 'none'}"
+        )

@@ -96,12 +96,30 @@ class AnswerFamily(Protocol):
         ...
 
     def rollout(
-        self, student: Actor, batch: Batch, sampling: Sampling, draws: Draws, *, purpose: str
+        self,
+        actor: Actor,
+        batch: Batch,
+        sampling: Sampling,
+        draws: Draws,
+        *,
+        purpose: str,
+        reader: Reader = "student",
     ) -> Answers:
-        """Return an answer of the student's to each question, without a graph.
+        """Return an answer of a model's to each question, without a graph.
 
-        It depends on the student, the question, ``sampling``, ``purpose`` and the row's id, and on
-        nothing else: the student sees no privileged context.
+        It depends on the model, the question, ``sampling``, ``purpose`` and the row's id, and on
+        nothing else: nobody who answers sees privileged context.
+
+        Args:
+            actor: Who answers.
+            batch: The questions.
+            sampling: How.
+            draws: Random numbers.
+            purpose: What they are for.
+            reader: Whose template the question is put in.
+
+        Raises:
+            UserError: If the model only judges, as a server does.
         """
         ...
 
@@ -137,6 +155,10 @@ class AnswerFamily(Protocol):
 
     def examples(self, batch: Batch) -> Sequence[Example]:
         """Return the examples of a batch, a row each."""
+        ...
+
+    def by_skill(self, batch: Batch) -> Mapping[str, Batch]:
+        """Return the questions of each of ``data.skills``, as a run of it alone has them."""
         ...
 
     def spelled(self, answers: Answers) -> list[str]:

@@ -407,6 +407,8 @@ def _wire(config: RunConfig, family: Read, roles: Roles, draws: Draws) -> Method
             f"{config.family['name']}"
         )
     played: dict[str, Any] = {name: roles[name] for name in cls.roles}
+    if experts := cls.experts(list(config.data.skills or {}), options):
+        played["peers"] = {name: roles[name] for name in experts}
     if "reward" in {item.name for item in fields(cls)}:
         build_judge = build_answer_reward if cls.kind() == "answers" else build_reward
         needed = bool(config.rewards) or not cls.reward_optional

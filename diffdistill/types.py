@@ -49,6 +49,7 @@ class Example(NamedTuple):
         solution: Of a question: the worked reference solution, which a teacher may be shown.
         answer: Of a question: the final answer alone, by which answers are verified.
         pictures: Of a question: the pictures that it is about.
+        skill: Of a question: which of ``data.skills`` it is of; None where there are none.
     """
 
     prompt: str
@@ -64,6 +65,7 @@ class Example(NamedTuple):
     solution: str | None = None
     answer: str | None = None
     pictures: tuple[Picture, ...] = ()
+    skill: str | None = None
 
     def without_target(self) -> "Example":
         """Return what a student may see of it: size and frames in place of image or video."""

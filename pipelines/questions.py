@@ -119,13 +119,30 @@ class Questions:
         }
 
     def rollout(
-        self, student: Actor, batch: Batch, sampling: Sampling, draws: Draws, *, purpose: str
+        self,
+        actor: Actor,
+        batch: Batch,
+        sampling: Sampling,
+        draws: Draws,
+        *,
+        purpose: str,
+        reader: Reader = "student",
     ) -> Answers:
-        """Return an answer of the student's to each question, without a graph."""
-        told = self.condition(batch)
-        with torch.no_grad(), student.acting(self.device):
-            return self.engine.answers(
-                self.student, student, told, batch["ids"], sampling, draws, purpose=purpose
+        """Return an answer of a model's to each question, without a graph.
+
+        The student's are written by the engine, a teacher's by its own network.
+
+        Raises:
+            UserError: If the model only judges, as a server does.
+        """
+        family = self.family(reader)
+        if not isinstance(family, CausalLM):
+            raise UserError(f"the {reader} {family.path} judges answers, and cannot write them")
+        told = self.condition(batch, reader=reader)
+        engine = self.engine if reader == "student" else Generate()
+        with torch.no_grad(), actor.acting(self.device):
+            return engine.answers(
+                family, actor, told, batch["ids"], sampling, draws, purpose=purpose
             )
 
     def given(self, batch: Batch) -> Answers:
@@ -181,6 +198,23 @@ class Questions:
         """Return the examples of a batch, a row each."""
         examples: Sequence[Example] = batch["examples"]
         return examples
+
+    def by_skill(self, batch: Batch) -> dict[str, Batch]:
+        """Return the questions of each skill, with the numbers that they have without the others.
+
+        Args:
+            batch: Of ``question_feed``: ids are those numbers times the number of skills, and the
+                skill's own.
+        """
+        skills, examples = batch["skills"], self.examples(batch)
+        numbers = batch["ids"].tolist()
+        return {
+            skill: self.collate(
+                [example for example in examples if example.skill == skill],
+                [n // len(skills) for n in numbers if n % len(skills) == place],
+            )
+            for place, skill in enumerate(skills)
+        }
 
     def spelled(self, answers: Answers) -> list[str]:
         """Return the text of each answer, without special tokens."""

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from build_text_models import BLOCK, CPU, Optimizers, Rows, attention_in_float32, rows_of, save
@@ -209,13 +209,15 @@ def prompts_of(questions: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def losses(
-    network: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    pairs: Sequence[tuple[str, str]],
 ) -> Iterator[Tensor]:
-    """Yield the loss of the next token, of answers alone, of one batch after the other.
+    """Yield the loss of the next token, of answers alone, of one batch of pairs after the other.
 
     Their shapes are few, which torch keeps what it prepares for.
     """
-    pairs = list(lessons(recipe))
     prompts = tokenizer(prompts_of([question for question, _ in pairs], tokenizer))["input_ids"]
     answers = tokenizer([answer + tokenizer.eos_token for _, answer in pairs])["input_ids"]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
@@ -267,41 +269,60 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-@attention_in_float32()
-def train(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, int, float]:
-    """Trains until the goal; returns averaged weights, steps taken and the last accuracy.
+class Skill(NamedTuple):
+    """Something to learn: questions with their answers, and problems that are asked to measure."""
 
-    Matrices but those of attention are in bfloat16.
+    lessons: Sequence[tuple[str, str]]
+    checked: Sequence[Any]
+
+
+def arithmetic(recipe: Recipe) -> Skill:
+    """Arithmetic as the recipe says, measured by questions with a box."""
+    checked = islice(problems(recipe.seed + 4, formats=("box",)), recipe.checked)
+    return Skill(list(lessons(recipe)), list(checked))
+
+
+@attention_in_float32()
+def train(
+    name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, skills: Mapping[str, Skill]
+) -> tuple[Any, int, float]:
+    """Trains until the goal; returns averaged weights, steps taken and the last, least accuracy.
+
+    What is at the goal waits for the others. Matrices but those of attention are in bfloat16.
     """
     network = build_network(recipe, tokenizer).train()
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
     optimizers = Optimizers(network, recipe, recipe.steps)
-    source = losses(network, tokenizer, recipe)
-    checked = list(islice(problems(recipe.seed + 4, formats=("box",)), recipe.checked))
-    start, recent, accuracy = time.perf_counter(), list[float](), 0.0
+    sources = {
+        key: losses(network, tokenizer, recipe, skill.lessons) for key, skill in skills.items()
+    }
+    start, recent, reached = time.perf_counter(), list[float](), dict.fromkeys(skills, 0.0)
     for number in range(1, recipe.steps + 1):
-        for _ in range(GROUPS):
+        wanting = [key for key in skills if reached[key] < recipe.goal] or list(skills)
+        for group in range(GROUPS):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = next(source) / GROUPS
+                loss = next(sources[wanting[group % len(wanting)]]) / GROUPS
             loss.backward()
             recent.append(loss.item() * GROUPS)
         optimizers.step(number - 1)
         averaged.update_parameters(network)
         if number % recipe.measure_every and number < recipe.steps:
             continue
-        questions = [problem.question for problem in checked]
-        texts, _ = written(averaged.module.eval(), tokenizer, questions, seed=recipe.seed + number)
-        accuracy = mean(right(texts, checked))
+        for key, skill in skills.items():
+            questions = [problem.question for problem in skill.checked]
+            model, seed = averaged.module.eval(), recipe.seed + number
+            texts, _ = written(model, tokenizer, questions, seed=seed)
+            reached[key] = mean(right(texts, skill.checked))
         seconds = time.perf_counter() - start
+        accuracies = ", ".join(f"{key} {value:.3f}" for key, value in reached.items())
         print(
-            f"{name} {number} loss {mean(recent):.4f} accuracy {accuracy:.3f} "
-            f"seconds {seconds:.0f}",
+            f"{name} {number} loss {mean(recent):.4f} accuracy {accuracies} seconds {seconds:.0f}",
             flush=True,
         )
         recent.clear()
-        if accuracy >= recipe.goal:
+        if min(reached.values()) >= recipe.goal:
             break
-    return averaged.module.eval(), number, accuracy
+    return averaged.module.eval(), number, min(reached.values())
 
 
 def measure(folder: Path, count: int) -> dict[str, dict[str, float]]:
@@ -430,7 +451,8 @@ def build(part: str, output: Path, recipe: Recipe, count: int) -> str:
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     folder, tokenizer = output / f"arithmetic-{part}", build_tokenizer()
-    network, taken, accuracy = train(part, recipe, tokenizer)
+    skills = {"arithmetic": arithmetic(recipe)}
+    network, taken, accuracy = train(part, recipe, tokenizer, skills)
     parameters = sum(weight.numel() for weight in network.parameters()) / 1e6
     save(network, tokenizer, folder)
     known = {"taken": taken, "accuracy": accuracy, "parameters": parameters}

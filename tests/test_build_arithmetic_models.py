@@ -136,7 +136,7 @@ def test_only_the_tokens_of_answers_count(builder: ModuleType, tiny: Any) -> Non
             logits = network(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
         nats += functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum").item()
         count += len(answer) + 1
-    loss = next(builder.losses(network, tokenizer, tiny))
+    loss = next(builder.losses(network, tokenizer, tiny, pairs))
     assert loss.item() == pytest.approx(nats / count, rel=1e-4)
 
 
@@ -159,7 +159,8 @@ def test_training_ends_at_the_goal_or_after_all_steps(
 ) -> None:
     monkeypatch.setattr(builder, "MAX_TOKENS", 4)
     recipe = replace(tiny, goal=goal)
-    network, taken, accuracy = builder.train("x", recipe, builder.build_tokenizer())
+    skills = {"sums": builder.arithmetic(recipe)}
+    network, taken, accuracy = builder.train("x", recipe, builder.build_tokenizer(), skills)
     assert (taken, accuracy) == (steps, 0.0)
     assert len(capsys.readouterr().out.splitlines()) == steps
     fresh = builder.build_network(recipe, builder.build_tokenizer())

@@ -303,6 +303,8 @@ def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
 def test_only_the_first_examples_are_read_if_so_asked(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
     assert open_small(tmp_path / "p.txt", max_examples=2).prompts == ["one", "two"]
+    skipped = open_small(tmp_path / "p.txt", max_examples=1, skip_examples=1)
+    assert skipped.prompts == ["two"]
 
 
 def test_relative_paths_start_from_the_root(tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_paths_and_options_that_lead_nowhere_are_refused(tmp_path: Path) -> None
 def test_only_the_first_examples_are_read_where_so_many_are_asked_for(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"text": str(n)} for n in range(9)] + ["{"])
     assert texts(read(file, max_examples=4)) == ["0", "1", "2", "3"]
+    assert texts(read(file, skip_examples=2, max_examples=2)) == ["2", "3"]
     settings = DataSettings(path=str(file), max_examples=2)
     stream = [text.text for text in islice(endless_texts(settings, 0), 8)]
     assert set(stream) == {"0", "1"}

@@ -8,7 +8,8 @@ import pytest
 import typer.main
 
 from diffdistill.cli import _resume_alone, app
-from diffdistill.config import bundled_configs, load_config
+from diffdistill.config import bundled_configs, bundled_pipelines, load_config
+from diffdistill.stages import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("samples/*/*.md")])
@@ -31,6 +32,10 @@ def test_every_command_of_the_docs_parses_and_its_config_is_valid(page: Path) ->
         config = context.params.get("config") or context.params.get("source")
         if config in bundled_configs():
             load_config(config, context.params.get("overrides") or [])
+        elif config in bundled_pipelines():
+            load_pipeline(config, context.params["overrides"] or []).chosen(
+                context.params["arm"] or []
+            )
         else:
             assert config is None or config == "CONFIG" or config.startswith("runs/"), config
 
@@ -45,3 +50,8 @@ def test_every_link_of_the_docs_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("name", bundled_configs())
 def test_every_bundled_config_is_valid(name: str) -> None:
     assert load_config(name).method["name"]
+
+
+@pytest.mark.parametrize("name", bundled_pipelines())
+def test_every_bundled_pipeline_is_valid(name: str) -> None:
+    assert load_pipeline(name).stages

@@ -160,6 +160,22 @@ def test_given_answers_are_learned_where_the_step_is_off_policy() -> None:
     assert loss.count == 6  # a token and the end, three times
 
 
+def test_a_warm_up_learns_the_forward_kl_at_what_the_teacher_writes() -> None:
+    options: dict[str, Any] = {"divergence": "forward-kl", "on_policy_share": 0.0}
+    method, batch = make(off_policy="teacher", num_answers=2, **options), question_batch(3)
+    loss = only_loss(method, batch)
+    answers = method.family.rollouts[-1]
+    rows = method.family.repeated(batch, 2)
+    expected = naive("forward-kl", *both_logits(method, rows))
+    torch.testing.assert_close(loss.value, expected)
+    other = make(off_policy="teacher", num_answers=2, **options)
+    other.student = Network(5).double()  # whoever learns, the teacher writes the same
+    only_loss(other, batch)
+    assert torch.equal(other.family.rollouts[-1].tokens, answers.tokens)
+    assert make(off_policy="teacher", **options).solutions() == "unused"
+    assert make(**options).solutions() == "learned"
+
+
 def test_the_share_of_on_policy_steps_is_kept() -> None:
     method, batch = make(on_policy_share=0.3), question_batch(1)
     for step in range(200):

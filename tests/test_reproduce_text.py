@@ -15,10 +15,11 @@ import torch
 from diffdistill import catalog
 from diffdistill.config import RunConfig, load_config
 from diffdistill.draws import Draws
+from diffdistill.stages import load_pipeline
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce"
 NAMES = ("tip", "many_faces", "opsd", "atesd", "sdar", "cliff", "egx")
-OWN = ("collecting", "answers_sft", "arithmetic_runs", "tide", *NAMES)
+OWN = ("collecting", "answers_sft", "arithmetic_runs", "tide", "copd", "sparse_to_dense", *NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -376,3 +377,44 @@ def test_every_script_makes_its_page_of_what_is_on_disk_without_running_anything
     assert json.loads(path.read_text()) == results
     for line in page.splitlines():
         assert line.count("|") != 1
+
+
+def test_all_ways_to_two_skills_take_as_many_updates_from_as_many_answers(
+    scripts: dict[str, ModuleType],
+) -> None:
+    copd = scripts["copd"]
+    configs = [load_config(arm.config, arm.overrides) for arm in copd.RUNS.values()]
+    assert {c.data.batch_size * c.method["num_answers"] for c in configs} == {16}
+    assert len({(c.train.lr, c.train.schedule, c.method["aggregation"]) for c in configs}) == 1
+    static = load_pipeline("copd/static")
+    for arm in copd.STATIC.values():
+        stages = [stage.run_config(Path("x")) for stage in static.of_arm(arm)]
+        assert [c.train.steps for c in stages] == [90, 90, 60]
+        assert {c.data.batch_size * c.method["num_answers"] for c in stages} == {16}
+    cycles = {c.method["rewarded_steps"] / c.method["shared_steps"] for c in configs[3:]}
+    assert cycles == {1.5}
+
+
+def test_every_control_of_sparse_to_dense_differs_in_one_thing(
+    scripts: dict[str, ModuleType],
+) -> None:
+    plan = load_pipeline(scripts["sparse_to_dense"].NAME)
+    stages = {name: stage.run_config(Path("x")) for name, stage in plan.stages.items()}
+    steps = {
+        arm: sum(stages[s.name].train.steps for s in plan.of_arm(arm) if s.name != "teacher")
+        for arm in plan.arms
+    }
+    assert set(list(steps.values())[:5]) == {150}
+    assert steps["then-student-rl"] == steps["then-replay"] == 250
+    first, second = stages["teacher"].data, stages["polish"].data
+    assert (first.skip_examples, first.max_examples) == (0, second.skip_examples)
+    assert stages["replay"].data == stages["direct"].data == first
+    raw, bridge = stages["raw-bridge"], stages["bridge"]
+    assert (raw.method, raw.train) == (bridge.method, bridge.train)
+    assert raw.roles["teacher"].path == "bundled:arithmetic-teacher"
+    warm = stages["warm-up"].method
+    assert (warm["divergence"], warm["on_policy_share"], warm["off_policy"]) == (
+        "forward-kl",
+        0.0,
+        "teacher",
+    )

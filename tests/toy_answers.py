@@ -63,14 +63,22 @@ class Questions:
 
     @torch.no_grad()
     def rollout(
-        self, student: Any, batch: Batch, sampling: Sampling, draws: Draws, *, purpose: str
+        self,
+        actor: Any,
+        batch: Batch,
+        sampling: Sampling,
+        draws: Draws,
+        *,
+        purpose: str,
+        reader: Reader = "student",
     ) -> Answers:
         length = min(sampling.max_tokens, LENGTH)
         tokens = torch.zeros(len(batch["ids"]), length, dtype=torch.int64)
         logprobs = torch.zeros(tokens.shape, dtype=torch.float64)
         numbers = uniform(draws, purpose, batch["ids"], (length,))
         for place in range(length):
-            logits = dense(student(State(tokens, torch.zeros(len(tokens))), self.condition(batch)))
+            told = self.condition(batch, reader=reader)
+            logits = dense(actor(State(tokens, torch.zeros(len(tokens))), told))
             found = (logits[:, place] / sampling.temperature).double().log_softmax(-1)
             picked = (found.exp().cumsum(-1) < numbers[:, place, None]).sum(-1).clamp(max=WORDS - 1)
             tokens[:, place] = picked
@@ -101,6 +109,10 @@ class Questions:
 
     def examples(self, batch: Batch) -> Sequence[Example]:
         found: Sequence[Example] = batch["examples"]
+        return found
+
+    def by_skill(self, batch: Batch) -> dict[str, Batch]:
+        found: dict[str, Batch] = batch["skills"]
         return found
 
     def spelled(self, answers: Answers) -> list[str]:

@@ -7,7 +7,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from diffdistill import catalog
-from diffdistill.config import SAMPLES, SECTIONS, attribute_notes, bundled_configs, options_model
+from diffdistill.config import (
+    SAMPLES,
+    SECTIONS,
+    attribute_notes,
+    bundled_configs,
+    bundled_pipelines,
+    options_model,
+)
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings, TextEvaluateSettings
@@ -22,14 +29,15 @@ def listing(kind: str | None = None) -> str:
     Raises:
         UserError: If there is no such kind.
     """
-    kinds = [*KINDS, "configs"]
+    bundled = {"configs": bundled_configs, "pipelines": bundled_pipelines}
+    kinds = [*KINDS, *bundled]
     if kind is not None and kind not in kinds:
         raise UserError(
             f"nothing to list called {kind!r}{catalog.near(kind, dict.fromkeys(kinds))}"
         )
     parts = []
     for name in kinds if kind is None else [kind]:
-        lines = bundled_configs() if name == "configs" else _described(KINDS[name])
+        lines = bundled[name]() if name in bundled else _described(KINDS[name])
         parts.append("\n".join([f"{name}:", *(f"  {line}" for line in lines)]))
     return "\n".join(parts)
 

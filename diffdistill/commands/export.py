@@ -172,7 +172,7 @@ def _own_adapter(role: Role, instead: str) -> dict[str, Tensor]:
     """
     if role.adapter is None:
         raise UserError(f"{role.name} was trained fully: export it as {instead}")
-    if role.settings.weights not in ("trained", "ema"):
+    if role.settings.weights not in ("trained", "ema", "mean"):
         raise UserError(f"{role.name} has no weights of its own: {role.settings.weights}")
     return {n: t for n, t in role_tensors(role).items() if not n.startswith("head.")}
 

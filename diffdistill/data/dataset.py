@@ -137,7 +137,9 @@ def open_dataset(settings: DataSettings, root: Path | None = None) -> ExampleDat
     else:
         records = read_path(resolve(settings.path, root), settings, problems)
     sizes = _sizes(settings)
-    items = _verified(records[: settings.max_examples], sizes, settings, problems)
+    first, count = settings.skip_examples, settings.max_examples
+    last = None if count is None else first + count
+    items = _verified(records[first:last], sizes, settings, problems)
     settle(problems, settings.on_error)
     if not items:
         raise UserError(f"there is no usable example in {settings.path or settings.source}")
@@ -154,6 +156,7 @@ def _check(settings: DataSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"data.{name} must be at least 1, not {value}")
+    check_skipped(settings)
     if settings.fps is not None and settings.fps <= 0:
         raise UserError(f"data.fps must be positive, not {settings.fps}")
     if settings.num_frames is None and settings.fps is not None:
@@ -163,6 +166,12 @@ def _check(settings: DataSettings) -> None:
     _check_size(settings)
     if not 0.0 <= settings.prompt_dropout <= 1.0:
         raise UserError(f"data.prompt_dropout must be in [0, 1], not {settings.prompt_dropout}")
+
+
+def check_skipped(settings: DataSettings) -> None:
+    """Refuse to leave out less than no examples."""
+    if settings.skip_examples < 0:
+        raise UserError(f"data.skip_examples must be at least 0, not {settings.skip_examples}")
 
 
 def _check_size(settings: DataSettings) -> None:

@@ -1,6 +1,8 @@
 """Questions with their reference solutions and answers, read like texts (see ``texts``)."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +41,37 @@ def read_questions(
 ) -> Iterator[Example]:
     """Yield questions as they are read; what is wrong is added to ``problems``.
 
-    ``messages`` of an example are a chat up to the user's last message, which is the question.
+    ``messages`` of an example are a chat up to the user's last message, which is the question. Of
+    several skills, one question of each comes after the other.
 
     Raises:
         UserError: If a file cannot be read.
     """
-    return read_examples(_question, settings, root, problems)
+    skills = of_skills(settings)
+    if not skills:
+        return read_examples(_question, settings, root, problems)
+
+    def of(skill: str) -> Iterator[Example]:
+        found = read_questions(skills[skill], root, problems)
+        return (example._replace(skill=skill) for example in found)
+
+    turns = chain.from_iterable(zip_longest(*(of(skill) for skill in skills)))
+    return (example for example in turns if example is not None)
+
+
+def of_skills(settings: DataSettings) -> dict[str, DataSettings]:
+    """Return the settings of the data of each skill; none where there are no skills.
+
+    Raises:
+        UserError: If there is other data besides.
+    """
+    if not settings.skills:
+        return {}
+    if settings.path is not None or settings.source is not None:
+        raise UserError("data.skills is instead of data.path and data.source: set it to null")
+    return {
+        name: replace(settings, path=path, skills=None) for name, path in settings.skills.items()
+    }
 
 
 def _question(row: Row, settings: DataSettings) -> list[Example]:

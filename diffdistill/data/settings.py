@@ -55,7 +55,8 @@ class DataSettings:
         prompt_dropout: The share of samples that are trained with an empty prompt.
         on_error: Whether a bad example is an error or is skipped, counted and logged.
         cache: The folder for the encoders' outputs. None is ``cache`` in the run's folder.
-        max_examples: Reads only the first examples.
+        max_examples: Reads only so many examples.
+        skip_examples: Leaves out the first examples, so that runs can share a set and no example.
         messages_column: Of text models: the column with chats, lists of ``role`` and ``content``.
             A row without it is a plain text, in ``prompt_column``.
         turns: Which answers of a chat are learned: ``all`` in one row, where an answer sees the
@@ -78,6 +79,8 @@ class DataSettings:
         teacher_thinking: The same of the teacher's; None tells it what the student's is told.
         max_prompt: Tokens of the longest prompt.
         max_answer: Tokens of a given answer that are learned; the rest is cut off.
+        skills: Of questions: instead of ``path``, a path for each of several skills, by its name. A
+            micro-batch has ``batch_size`` questions of each.
         streaming: Read texts as they are needed, for sets larger than memory; nothing is cached.
         shuffle_buffer: Texts that a stream is shuffled among; 1 keeps their order.
     """
@@ -103,6 +106,7 @@ class DataSettings:
     on_error: Literal["error", "skip"] = "error"
     cache: str | None = None
     max_examples: int | None = None
+    skip_examples: int = 0
     messages_column: str = "messages"
     turns: Literal["all", "last", "each"] = "all"
     solution_column: str | None = None
@@ -115,5 +119,6 @@ class DataSettings:
     max_answer: int = 4096
     packing: bool = False
     truncate: bool = True
+    skills: dict[str, str] | None = None
     streaming: bool = False
     shuffle_buffer: int = 1000

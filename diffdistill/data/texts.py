@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from diffdistill.data.dataset import resolve
+from diffdistill.data.dataset import check_skipped, resolve
 from diffdistill.data.hub import load_source, undecoded
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.records import Bad
@@ -112,9 +112,10 @@ def read_examples(
         except Bad as bad:
             problems.append(bad.problem)
             continue
-        yield from examples
         count += 1
-        if count == settings.max_examples:
+        if count > settings.skip_examples:
+            yield from examples
+        if count - settings.skip_examples == settings.max_examples:
             return
 
 
@@ -125,6 +126,7 @@ def _check(settings: DataSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"data.{name} must be at least 1, not {value}")
+    check_skipped(settings)
     if settings.prompt_dropout:
         raise UserError("data.prompt_dropout is for images: texts have no empty prompt")
 

@@ -1,6 +1,6 @@
 """How good the answers of autoregressive models are: scores, tries, format, length, repetition."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any, NamedTuple
 
@@ -106,6 +106,7 @@ def examine(
         for num_tries in settings.num_tries or sorted({1, writing.num_answers}):
             found[f"pass@{num_tries}"] = pass_at(num_tries, right)
     found |= {metric: values.mean(1) for metric, values in by_question.items()}
+    found |= _of_skills(found, asked)
     rows = [
         {
             "model": name,
@@ -119,6 +120,17 @@ def examine(
         for place, (draft, text) in enumerate(zip(drafts, texts, strict=True))
     ]
     return Examined([_average(name, metric, values) for metric, values in found.items()], rows)
+
+
+def _of_skills(found: Mapping[str, Tensor], asked: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the same of the questions of each skill alone, where there are several."""
+    skills = dict.fromkeys(example.skill for example in asked if example.skill is not None)
+    of = {skill: torch.tensor([example.skill == skill for example in asked]) for skill in skills}
+    return {
+        f"{metric} {skill}": values[of[skill]]
+        for skill in skills
+        for metric, values in found.items()
+    }
 
 
 def _repetition(drafts: Sequence[Draft]) -> Tensor:

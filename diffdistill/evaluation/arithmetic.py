@@ -22,8 +22,9 @@ package were made by `scripts/make_arithmetic_data.py`.
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+T = TypeVar("T")
 Format = Literal["box", "json"]
 
 FORMATS: tuple[Format, ...] = ("box", "json")
@@ -136,9 +137,9 @@ def problems(
                     break
 
 
-def distinct(found: Iterator[Problem], count: int) -> list[Problem]:
+def distinct(found: Iterator[T], count: int) -> list[T]:
     """Return the first problems that are not the same."""
-    known: dict[Problem, None] = {}
+    known: dict[T, None] = {}
     while len(known) < count:
         known.setdefault(next(found))
     return list(known)

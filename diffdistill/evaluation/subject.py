@@ -15,7 +15,7 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.questions import Questions
 from diffdistill.projection import Prediction, prediction_rows, with_rows
 from diffdistill.roles import Role
-from diffdistill.rollouts import Answers, Sampling
+from diffdistill.rollouts import Answers
 from diffdistill.session import Session, build_answer_reward, questions
 from diffdistill.supports import TopK
 from diffdistill.text.answering import Answering, Attempt
@@ -76,9 +76,8 @@ class Subject:
         method = self.method
         batch = self.family.collate(asked, range(start, start + len(asked)))
         rows = self.family.repeated(batch, self.num_answers)
-        sampling = Sampling(method.max_tokens, method.temperature, method.top_p, method.top_k)
         answers = self.family.rollout(
-            method.student, rows, sampling, self.draws, purpose="diagnosis"
+            method.student, rows, method.sampling, self.draws, purpose="diagnosis"
         )
         return method.read(rows, answers)
 

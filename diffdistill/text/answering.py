@@ -69,6 +69,11 @@ class Answering(Method):
             if not fine:
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
 
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are sampled."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
+
     def attempt(self, batch: Batch, progress: Progress) -> Attempt:
         """Return the student's answers to a batch, and its predictions, one call with a graph.
 
@@ -89,9 +94,8 @@ class Answering(Method):
     def answered(self, batch: Batch, progress: Progress) -> tuple[Batch, Answers]:
         """Return a row for each answer to a batch, and the answers: the student's own."""
         rows = self.family.repeated(batch, self.num_answers)
-        sampling = Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
         return rows, self.family.rollout(
-            self.student, rows, sampling, self.draws, purpose="rollout"
+            self.student, rows, self.sampling, self.draws, purpose="rollout"
         )
 
     def read(self, rows: Batch, answers: Answers) -> Attempt:

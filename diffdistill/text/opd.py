@@ -6,6 +6,7 @@ of the answer are compared.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from diffdistill.rollouts import Answers, Solutions
 from diffdistill.text.comparing import Comparing
@@ -20,11 +21,15 @@ class OPD(Comparing):
     """Match a teacher at the tokens of the student's own answers.
 
     Attributes:
-        on_policy_share: Share of the steps with answers of the student's own; the others take the
-            data's (GKD's lambda; 1 is purely on-policy).
+        on_policy_share: Share of the steps with answers of the student's own (GKD's lambda; 1 is
+            purely on-policy).
+        off_policy: Whose answers the other steps take: those of the ``data``, or of the
+            ``teacher``, which writes them as the student would its own (GKD's supervised KD; the
+            warm-up of Sparse-to-Dense, arXiv:2605.12483, with ``divergence: forward-kl``).
     """
 
     on_policy_share: float = 1.0
+    off_policy: Literal["data", "teacher"] = "data"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -36,14 +41,20 @@ class OPD(Comparing):
 
     def solutions(self) -> Solutions:
         """Return whether the data's own answers are learned."""
-        return "unused" if self.on_policy_share == 1 else "learned"
+        learned = self.on_policy_share < 1 and self.off_policy == "data"
+        return "learned" if learned else "unused"
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of the optimizer step."""
         yield self.distilled(self.attempt(batch, progress), progress)
 
     def answered(self, batch: Batch, progress: Progress) -> tuple[Batch, Answers]:
-        """Return the student's answers, or in the other steps those of the data."""
+        """Return the student's answers, or in the other steps those of data or teacher."""
         if self.draws.integer("mix", progress.step, PARTS) < self.on_policy_share * PARTS:
             return super().answered(batch, progress)
-        return batch, self.family.given(batch)
+        if self.off_policy == "data":
+            return batch, self.family.given(batch)
+        rows = self.family.repeated(batch, self.num_answers)
+        return rows, self.family.rollout(
+            self.teacher, rows, self.sampling, self.draws, purpose="teacher", reader="teacher"
+        )
