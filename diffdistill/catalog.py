@@ -17,8 +17,10 @@ from typing import Any
 from diffdistill.errors import UserError
 
 METHODS = {
+    "alm": "diffdistill.text.alm:ALM",
     "atesd": "diffdistill.text.atesd:ATESD",
     "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
+    "bld": "diffdistill.text.bld:BLD",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "confidence": "diffdistill.methods.confidence:Confidence",
     "d-opsd": "diffdistill.methods.d_opsd:DOPSD",
@@ -37,6 +39,9 @@ METHODS = {
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
+    "text-gold": "diffdistill.text.uld:TextGOLD",
+    "text-sft": "diffdistill.text.sft:SFT",
+    "text-uld": "diffdistill.text.uld:TextULD",
     "tide": "diffdistill.methods.tide:Tide",
     "uld": "diffdistill.methods.uld:ULD",
 }

@@ -1,10 +1,10 @@
 """A distillation method: which losses a batch gives rise to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.rollouts import Solutions
 from diffdistill.types import Batch, Loss, Progress
@@ -25,12 +25,15 @@ class Method(ABC):
         streams: Whether the student streams, and the family must be able to.
         texts: Whether it is for language models, and ``family`` a ``texts.TextFamily``.
         answers: Whether these are autoregressive, and ``family`` a ``rollouts.AnswerFamily``.
+        given: With ``answers``: whether the data's own texts are learned, which a teacher may read
+            in other tokens; ``family`` is then a ``rollouts.GivenFamily``.
     """
 
     roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     streams: ClassVar[bool] = False
     texts: ClassVar[bool] = False
     answers: ClassVar[bool] = False
+    given: ClassVar[bool] = False
 
     @classmethod
     def kind(cls) -> Kind:
@@ -62,6 +65,27 @@ class Method(ABC):
         keep what it needs again.
         """
         return {}
+
+    def heads(self, widths: Mapping[str, int]) -> Mapping[str, nn.Module]:
+        """Return modules that are trained with a role and belong to no export, by role.
+
+        They are the role's ``head``.
+
+        Args:
+            widths: Of the hidden states of each role.
+        """
+        return {}
+
+    def annotation(self) -> str:
+        """Return what identifies what ``annotate`` adds; empty where that is nothing."""
+        return ""
+
+    def annotate(self, texts: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        """Return what is kept on disk beside each encoded text: what frozen models say of it.
+
+        Of methods with ``given``. Asked once for each text, before training.
+        """
+        return [{} for _ in texts]
 
     def needs_images(self) -> bool:
         """Return whether every example must have an image."""

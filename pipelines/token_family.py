@@ -1,5 +1,7 @@
 """What all families of language models share: a tokenizer, with its template and its end tokens."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +94,14 @@ class TokenFamily(ModelFamily):
         """Id of the token that fills rows; nobody sees it."""
         pad: int | None = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else pad
+
+    def hashed(self, *options: Any) -> str:
+        """Return a hash of the tokenizer and its template, and of options."""
+        content = json.dumps([*options, self.tokenizer.chat_template])
+        digest = hashlib.sha256(content.encode())
+        for file in sorted(self.folder.glob("*token*")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
 
     def decoded(self, tokens: Sequence[int]) -> str:
         """Return a text without its special tokens."""

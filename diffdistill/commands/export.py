@@ -17,7 +17,7 @@ from diffdistill.pipelines.exporting_text import export_language_lora, export_la
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.questions import Questions
-from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import TextRows
 from diffdistill.pipelines.wan_pipeline import write_settings
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.roles import Role
@@ -61,7 +61,7 @@ def export(
         raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
     family = session.family
     name = session.config.family["name"]
-    if isinstance(family, TextPair | Questions):
+    if isinstance(family, TextRows | Questions):
         if layout not in TEXT_LAYOUTS:
             raise UserError(f"layout {layout!r} is for images and videos, not for {name}; here: "
                             f"{', '.join(TEXT_LAYOUTS)}")  # fmt: skip
