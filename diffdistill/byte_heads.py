@@ -57,7 +57,7 @@ class AutoregressiveHeads(nn.Module):
         """
         places = ALPHABET * torch.arange(self.num_bytes, device=observed.device)
         spelled = self.before(observed + places)  # [N, J, inner]
-        past = spelled.cumsum(1) - spelled
+        past = nn.functional.pad(spelled[:, :-1].cumsum(1), (0, 0, 1, 0))
         state = self.state(hidden.to(self.state.weight.dtype))[:, None]
         found: Tensor = self.outputs(nn.functional.silu(state + self.place + past))
         return found

@@ -150,7 +150,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         for network in roles.networks():  # of language models, what is called
             getattr(network, "base_model", network).compile()
     method = _wire(config, read, roles, draws)
-    _add_heads(method, roles, config.train.seed)
+    add_heads(method, roles, config.train.seed)
     if isinstance(read, CausalPair) and method.annotation():
         read.annotator = method
     return Session(config, read, roles, method, draws, device)
@@ -297,7 +297,7 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
     return family
 
 
-def _add_heads(method: Method, roles: Roles, seed: int) -> None:
+def add_heads(method: Method, roles: Roles, seed: int) -> None:
     """Give roles the heads that the method wants."""
     if type(method).heads is Method.heads:
         return

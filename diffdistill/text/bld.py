@@ -88,8 +88,9 @@ class BLD(Given):
         )
         if not 1 <= self.num_kept <= ALPHABET:
             raise ValueError(f"num_kept must be from 1 to {ALPHABET}, not {self.num_kept}")
-        if self.head_width < 1:
-            raise ValueError(f"head_width must be at least 1, not {self.head_width}")
+        for name in ("num_bytes", "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def heads(self, widths: Mapping[str, int]) -> Mapping[str, nn.Module]:
         """Return the student's byte heads."""
