@@ -1,7 +1,7 @@
 """What a model of tokens says of the next byte of a text, whatever tokens spell it.
 
-Eq. 3 of BLD (arXiv:2604.07466): the probability of a byte is that of all token sequences which cover
-the text with it, over that of all which cover the text without. A beam keeps the likeliest
+Eq. 3 of BLD (arXiv:2604.07466): the probability of a byte is that of all token sequences which
+cover the text with it, over that of all which cover the text without. A beam keeps the likeliest
 tokenizations instead of all; which approximation the paper takes is unconfirmed. The scheme is that
 of beam summing (arXiv:2412.03719), in the form of states of a trie; the code is ours.
 """

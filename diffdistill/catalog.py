@@ -39,9 +39,9 @@ METHODS = {
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
-    "text-gold": "diffdistill.text.uld:TextGOLD",
+    "text-gold": "diffdistill.methods.text_uld:TextGOLD",
     "text-sft": "diffdistill.text.sft:SFT",
-    "text-uld": "diffdistill.text.uld:TextULD",
+    "text-uld": "diffdistill.methods.text_uld:TextULD",
     "tide": "diffdistill.methods.tide:Tide",
     "uld": "diffdistill.methods.uld:ULD",
 }

@@ -138,6 +138,7 @@ class AnswerFamily(Protocol):
         """Return the text of each answer, without special tokens."""
         ...
 
+
 class GivenFamily(Protocol):
     """A family of autoregressive models that read the data's own texts, each in its own tokens."""
 

@@ -152,6 +152,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     method = _wire(config, read, roles, draws)
     add_heads(method, roles, config.train.seed)
     if isinstance(read, CausalPair) and method.annotation():
+        _check_frozen(config)
         read.annotator = method
     return Session(config, read, roles, method, draws, device)
 
@@ -295,6 +296,15 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
         return TextPair(family, teacher, reading)
     assert isinstance(family, FlowFamily)
     return family
+
+
+def _check_frozen(config: RunConfig) -> None:
+    """Refuse a teacher that changes while what it said is kept."""
+    weights = config.roles["teacher"].weights
+    if weights != "frozen":
+        raise UserError(
+            f"roles.teacher: what it says is kept on disk, so weights must be frozen, not {weights}"
+        )
 
 
 def add_heads(method: Method, roles: Roles, seed: int) -> None:

@@ -25,7 +25,9 @@ class Branching:
     here: texts should be no longer than the window.
     """
 
-    def __init__(self, family: CausalLM, network: nn.Module, texts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, family: CausalLM, network: nn.Module, texts: Sequence[Sequence[int]]
+    ) -> None:
         """Read texts of token ids, none of which is empty."""
         self.family, self.network = family, network
         self.length = max(len(text) for text in texts)
@@ -64,9 +66,7 @@ class Branching:
         device = self.family.device
         filled, seen, tokens, positions = (x.to(device) for x in (filled, seen, tokens, lengths))
         cache: Any = DynamicCache([(k.at(filled), v.at(filled)) for k, v in self.past])
-        mask = as_mask(
-            seen[:, None, None], attention_of(self.network), self.family.weights_dtype
-        )
+        mask = as_mask(seen[:, None, None], attention_of(self.network), self.family.weights_dtype)
         found = self._called(tokens, mask, positions, cache)
         layers = [layer for layer in cache.layers if layer.is_initialized]
         for (keys, values), layer in zip(self.past, layers, strict=True):

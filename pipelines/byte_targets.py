@@ -1,6 +1,6 @@
 """The bytes that student and teacher both learn of a text, and what the teacher says of each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,9 +52,7 @@ def spell(columns: Columns, spelled: Spellings) -> Spelled:
     keys: list[list[Key]] = [[] for _ in tokens]
     values: dict[Key, int] = {}
     sizes: dict[int, int] = {}
-    mute = {
-        chunk for token, chunk in zip(tokens, chunks, strict=True) if not spelled.pieces[token]
-    }
+    mute = {chunk for token, chunk in zip(tokens, chunks, strict=True) if not spelled.pieces[token]}
     for place, (token, chunk) in enumerate(zip(tokens, chunks, strict=True)):
         if chunk >= 0 and chunk not in mute:
             size = sizes.get(chunk, 0)
@@ -92,10 +90,14 @@ def byte_columns(ours: Spelled) -> dict[str, Tensor]:
     """Return where the student's tokens are among the bytes (see ``texts.Bytes``)."""
     numbers = {key: number for number, key in enumerate(ours.values)}
     return {
-        "bytes/first": torch.tensor([numbers[k[0]] if k else -1 for k in ours.keys]),
-        "bytes/count": torch.tensor([len(k) for k in ours.keys]),
-        "bytes/observed": torch.tensor(list(ours.values.values()), dtype=torch.int64),
+        "bytes/first": _column(numbers[k[0]] if k else -1 for k in ours.keys),
+        "bytes/count": _column(len(k) for k in ours.keys),
+        "bytes/observed": _column(ours.values.values()),
     }
+
+
+def _column(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
 
 
 def target_columns(

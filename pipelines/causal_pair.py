@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from diffdistill.byte_beam import Search
@@ -124,9 +125,7 @@ class CausalPair(TextRows[CausalLM]):
             self._tries[key] = Spellings(family.speller.vocabulary(), family.end_ids)
         return self._tries[key]
 
-    def _columns(
-        self, text: Mapping[str, Tensor], reader: Reader, spelled: Spellings
-    ) -> Columns:
+    def _columns(self, text: Mapping[str, Tensor], reader: Reader, spelled: Spellings) -> Columns:
         """Return the columns of a reader's row; of one reader, a chunk for each learned token."""
         key = self._key(reader)
         tokens, learned, chunks = (text[f"{key}/{name}"].tolist() for name in Text._fields)
@@ -161,10 +160,14 @@ class CausalPair(TextRows[CausalLM]):
     def collate(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
         """Return a batch on the device, its rows filled up to the same length."""
         batch = super().collate(encoded)
+        width = batch["student/tokens"].shape[1]
         for name in (name for name in encoded[0] if name.startswith(PREFIX)):
             filler = -1.0 if name == PREFIX + "first" else 0.0
             rows = [text[name] for text in encoded]
-            batch[name] = pad_sequence(rows, batch_first=True, padding_value=filler).to(self.device)
+            filled = pad_sequence(rows, batch_first=True, padding_value=filler)
+            if name.removeprefix(PREFIX) in ("first", "count"):  # of each token
+                filled = pad(filled, (0, width - filled.shape[1]), value=filler)
+            batch[name] = filled.to(self.device)
         return batch
 
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from diffdistill.errors import UserError
+from diffdistill.pipelines.byte_spans import Speller
 from diffdistill.pipelines.chats import (
     Chat,
     Messages,
@@ -31,13 +32,11 @@ from diffdistill.pipelines.chats import (
     text_row,
     text_rows,
 )
-from diffdistill.pipelines.byte_spans import Speller
 from diffdistill.pipelines.token_family import located
 from diffdistill.texts import Reader, Text
 from diffdistill.types import Batch, Example
 
 log = logging.getLogger(__name__)
-
 
 
 class RowReader(Protocol):

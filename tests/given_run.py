@@ -46,9 +46,7 @@ def make_given_roles(pair: CausalPair, settings: dict[str, Any] | None = None) -
     return build_roles(parsed, pair.student, others={} if shares else {"teacher": pair.teacher})
 
 
-def make_given_method(
-    cls: type[Method], pair: CausalPair, roles: Roles, **options: Any
-) -> Any:
+def make_given_method(cls: type[Method], pair: CausalPair, roles: Roles, **options: Any) -> Any:
     """Return a method with its heads, and let the family keep what it adds to texts."""
     players = {name: roles[name] for name in cls.roles}
     method: Any = cls(family=pair, draws=Draws(0), **players, **options)  # type: ignore[call-arg]

@@ -146,7 +146,12 @@ def test_the_teachers_bytes_are_those_of_its_own_tokens_and_the_ends_are_asked_f
     encoded = pair.encode(examples(4))
     found = pair.byte_targets(teacher, encoded, EXACT, ALPHABET)
     ends = [bool(target["bytes/observed"][-1] == END) for target in found]
-    assert ends == [True, False, True, False]  # the teacher's template strips what ends an answer, so that its end is elsewhere
+    assert ends == [
+        True,
+        False,
+        True,
+        False,
+    ]  # the teacher's template strips what ends an answer, so that its end is elsewhere
     for target, text in zip(found, encoded, strict=True):
         assert target["bytes/known"].float().mean() > 0.9
         known = target["bytes/logprobs"][target["bytes/known"]].float().exp().sum(-1)

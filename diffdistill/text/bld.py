@@ -83,9 +83,7 @@ class BLD(Given):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self._search = Search(
-            path=self.path, num_beams=self.num_beams, threshold=self.threshold
-        )
+        self._search = Search(path=self.path, num_beams=self.num_beams, threshold=self.threshold)
         if not 1 <= self.num_kept <= ALPHABET:
             raise ValueError(f"num_kept must be from 1 to {ALPHABET}, not {self.num_kept}")
         for name in ("num_bytes", "head_width"):
@@ -147,7 +145,7 @@ class BLD(Given):
         return Slots(tokens, bytes_.observed[where], valid, known, teacher)
 
     def _byte_terms(self, lesson: Lesson, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of each byte, and the divergence from the teacher, ``[N, J]``."""
+        """Return the cross-entropy and the divergence from the teacher of each byte, ``[N, J]``."""
         hidden = prediction_rows(lesson.prediction)[slots.tokens]
         logits = self.student.head(hidden, slots.observed)
         learned = cross_entropy(logits, slots.observed, mask=slots.valid)
