@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffdistill.methods.text_uld import TextGOLD, TextULD
 from diffdistill.pipelines.causal_pair import CausalPair
 from diffdistill.projection import dense
 from diffdistill.roles import Roles
 from diffdistill.text.alm import ALM
 from diffdistill.text.sft import SFT
-from diffdistill.methods.text_uld import TextGOLD, TextULD
 from diffdistill.types import Batch
 from tests.conftest import START, gradients
 from tests.given_run import (
