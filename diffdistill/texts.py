@@ -102,7 +102,7 @@ class Bytes(NamedTuple):
     Attributes:
         first: int64 ``[B, L]``: the number of each token's first byte; -1 of tokens that spell
             none of them.
-        count: int64 ``[B, L]``: how many bytes each token spells.
+        size: int64 ``[B, L]``: how many bytes each token spells.
         observed: int64 ``[B, M]``: the bytes, and ``spellings.END`` where an answer ends.
         ids: int64 ``[B, M, K]``: the teacher's most likely bytes there.
         logprobs: ``[B, M, K]``: their log-probabilities; the rest is what they leave of 1.
@@ -110,7 +110,7 @@ class Bytes(NamedTuple):
     """
 
     first: Tensor
-    count: Tensor
+    size: Tensor
     observed: Tensor
     ids: Tensor
     logprobs: Tensor

@@ -91,7 +91,7 @@ def byte_columns(ours: Spelled) -> dict[str, Tensor]:
     numbers = {key: number for number, key in enumerate(ours.values)}
     return {
         "bytes/first": _column(numbers[k[0]] if k else -1 for k in ours.keys),
-        "bytes/count": _column(len(k) for k in ours.keys),
+        "bytes/size": _column(len(k) for k in ours.keys),
         "bytes/observed": _column(ours.values.values()),
     }
 

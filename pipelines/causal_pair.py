@@ -84,7 +84,7 @@ class CausalPair(TextRows[CausalLM]):
         """Return the bytes of the student's tokens, and what ``byte_targets`` found of them."""
         columns = {name: batch[PREFIX + name] for name in Bytes._fields}
         whole = {name: columns[name].long() for name in ("observed", "ids")}
-        late = {name: columns[name][:, 1:] for name in ("first", "count")}
+        late = {name: columns[name][:, 1:] for name in ("first", "size")}
         return Bytes(**columns | whole | late)
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class CausalPair(TextRows[CausalLM]):
             filler = -1.0 if name == PREFIX + "first" else 0.0
             rows = [text[name] for text in encoded]
             filled = pad_sequence(rows, batch_first=True, padding_value=filler)
-            if name.removeprefix(PREFIX) in ("first", "count"):  # of each token
+            if name.removeprefix(PREFIX) in ("first", "size"):  # of each token
                 filled = pad(filled, (0, width - filled.shape[1]), value=filler)
             batch[name] = filled.to(self.device)
         return batch

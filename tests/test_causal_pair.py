@@ -156,7 +156,7 @@ def test_the_teachers_bytes_are_those_of_its_own_tokens_and_the_ends_are_asked_f
         assert target["bytes/known"].float().mean() > 0.9
         known = target["bytes/logprobs"][target["bytes/known"]].float().exp().sum(-1)
         torch.testing.assert_close(known, torch.ones_like(known), atol=0.02, rtol=0)
-        first, count = target["bytes/first"], target["bytes/count"]
+        first, count = target["bytes/first"], target["bytes/size"]
         vocabulary = pair.spellings()
         for place, token in enumerate(text["student/tokens"].tolist()):
             if first[place] >= 0 and count[place] > 0 and vocabulary[token] is not None:

@@ -75,7 +75,7 @@ def by_hand(made: Made, reduction: str = "sum") -> tuple[float, float, float]:
         tokens -= float(words[row, place, text.tokens[row, place]])
         if known.first[row, place] < 0:
             continue
-        for slot in range(min(int(known.count[row, place]), made.method.num_bytes)):
+        for slot in range(min(int(known.size[row, place]), made.method.num_bytes)):
             number = int(known.first[row, place]) + slot
             outputs = head.layers(prediction.hidden[row, place]).reshape(-1, NUM_OUTPUTS)
             logprobs = outputs[slot].detach().log_softmax(-1)

@@ -138,7 +138,7 @@ class BLD(Given):
         tokens = (bytes_.first >= 0) & maskable
         rows = tokens.nonzero()[:, :1]
         places = torch.arange(self.num_bytes, device=rows.device)
-        valid = places < bytes_.count[tokens][:, None]
+        valid = places < bytes_.size[tokens][:, None]
         where = rows, torch.where(valid, bytes_.first[tokens][:, None] + places, 0)
         teacher = TopK(bytes_.ids[where], bytes_.logprobs[where].float())
         known = valid & bytes_.known[where]

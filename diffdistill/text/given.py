@@ -65,5 +65,5 @@ class Given(Method):
 
     def loss(self, lesson: Lesson, value: Tensor, metrics: Mapping[str, Tensor | float]) -> Loss:
         """Return the student's loss: a mean over the learned tokens of the optimizer step."""
-        told = {"cross_entropy": lesson.cross_entropy.detach()} | metrics
+        told = {"cross_entropy": lesson.cross_entropy.detach(), **metrics}
         return Loss("student", value, max(lesson.num_tokens, 1), metrics=told)
