@@ -17,8 +17,10 @@ from typing import Any
 from diffdistill.errors import UserError
 
 METHODS = {
+    "alm": "diffdistill.text.alm:ALM",
     "atesd": "diffdistill.text.atesd:ATESD",
     "bd3lm": "diffdistill.methods.bd3lm:BD3LM",
+    "bld": "diffdistill.text.bld:BLD",
     "causal-init": "diffdistill.methods.causal_init:CausalInit",
     "confidence": "diffdistill.methods.confidence:Confidence",
     "copd": "diffdistill.text.copd:CoPD",
@@ -39,6 +41,9 @@ METHODS = {
     "sft": "diffdistill.methods.sft:SFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
     "switch-kd": "diffdistill.text.switch_kd:SwitchKD",
+    "text-gold": "diffdistill.methods.text_uld:TextGOLD",
+    "text-sft": "diffdistill.text.sft:SFT",
+    "text-uld": "diffdistill.methods.text_uld:TextULD",
     "tide": "diffdistill.methods.tide:Tide",
     "uld": "diffdistill.methods.uld:ULD",
 }

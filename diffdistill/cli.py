@@ -197,7 +197,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="few-step (images), video, or vbench (files for its harness); of texts: text "
-            "(likelihood of the data), python, or lm-eval; of autoregressive models: answers."
+            "(likelihood of the data), python, or lm-eval; of autoregressive models: answers, or "
+            "bits (per byte of the data)."
         ),
     ] = None,
     checkpoint: Checkpoint = "latest",

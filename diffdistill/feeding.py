@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,10 @@ from diffdistill.data.streaming import Group, endless_texts, groups
 from diffdistill.data.texts import open_texts
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
+from diffdistill.pipelines.causal_pair import CausalPair
 from diffdistill.pipelines.chats import Row
 from diffdistill.pipelines.questions import Questions
-from diffdistill.pipelines.text_pair import FILLERS, TextPair
+from diffdistill.pipelines.text_rows import FILLERS, TextRows
 from diffdistill.question_feed import question_batches, stream_of, telling
 from diffdistill.session import Session, flow_family
 from diffdistill.texts import Reader
@@ -62,23 +63,33 @@ def open_feed(
     data, pair = session.config.data, session.family
     if isinstance(pair, Questions):
         return Feed(question_batches(session, pair, distributed))
-    if isinstance(pair, TextPair) and data.streaming:
+    _check_packing(session)
+    if isinstance(pair, TextRows) and data.streaming:
         return _streamed(session, pair, distributed)
     dataset = _open(session)
     encoded = _encoded(session, pair, dataset, output, distributed, say)
-    if isinstance(pair, TextPair) and data.packing:
+    if isinstance(pair, TextRows) and data.packing:
         return _packed(session, pair, encoded, distributed)
 
     def batches(start: int) -> Generator[Batch]:
         order = _order(session, dataset.groups, distributed, start)
         return make_batches(encoded, pair, order, session.draws)
 
-    return Feed(batches, None if isinstance(pair, TextPair) else encoded)
+    return Feed(batches, None if isinstance(pair, TextRows) else encoded)
+
+
+def _check_packing(session: Session) -> None:
+    """Refuse to pack texts for a model that would see across them."""
+    if session.config.data.packing and isinstance(session.family, CausalPair):
+        raise UserError(
+            "data.packing is for masked diffusion: an autoregressive model would see one text "
+            "from the next"
+        )
 
 
 def _open(session: Session) -> Examples:
     data = session.config.data
-    if isinstance(session.family, TextPair):
+    if isinstance(session.family, TextRows):
         return open_texts(data)
     if data.num_frames is not None:
         _check_clip(session, data.num_frames)
@@ -141,7 +152,7 @@ def _order(
 
 
 def _packed(
-    session: Session, pair: TextPair, encoded: EncodedDataset, distributed: Distributed
+    session: Session, pair: TextRows[Any], encoded: EncodedDataset, distributed: Distributed
 ) -> Feed:
     """Return full rows of the texts in their order, which are then shuffled."""
     texts = (_rows(encoded.load(Entry(index)), pair) for index in range(len(encoded)))
@@ -159,7 +170,7 @@ def _packed(
     return Feed(batches)
 
 
-def _rows(encoded: Encoded, pair: TextPair) -> dict[Reader, Row]:
+def _rows(encoded: Encoded, pair: TextRows[Any]) -> dict[Reader, Row]:
     """Return the rows of an encoded text."""
     return {
         reader: Row(*(encoded[f"{reader}/{name}"].tolist() for name in FILLERS))
@@ -167,7 +178,7 @@ def _rows(encoded: Encoded, pair: TextPair) -> dict[Reader, Row]:
     }
 
 
-def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Feed:
+def _streamed(session: Session, pair: TextRows[Any], distributed: Distributed) -> Feed:
     """Return texts that are read and encoded as they are needed."""
     data, rank, world = session.config.data, distributed.rank, distributed.world
     texts = telling(endless_texts(data, session.config.train.seed), pair)
@@ -188,7 +199,7 @@ def _streamed(session: Session, pair: TextPair, distributed: Distributed) -> Fee
     return Feed(batches)
 
 
-def _collated(pair: TextPair, ids: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
+def _collated(pair: TextRows[Any], ids: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
     batch = pair.collate(encoded)
     numbers = torch.tensor(ids, dtype=torch.int64, device=pair.device)
     return {**batch, "ids": numbers, "prompts": [""] * len(ids)}

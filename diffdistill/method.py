@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.rollouts import Solutions
 from diffdistill.types import Batch, Loss, Progress
@@ -26,6 +26,8 @@ class Method(ABC):
         texts: Whether it is for language models, and ``family`` a ``texts.TextFamily``.
         answers: Whether these are autoregressive, and ``family`` a ``rollouts.AnswerFamily``.
         reward_optional: Whether its ``reward`` may be None, where a config has no ``rewards``.
+        given: With ``answers``: whether the data's own texts are learned, which a teacher may read
+            in other tokens; ``family`` is then a ``rollouts.GivenFamily``.
     """
 
     roles: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -33,6 +35,7 @@ class Method(ABC):
     texts: ClassVar[bool] = False
     answers: ClassVar[bool] = False
     reward_optional: ClassVar[bool] = False
+    given: ClassVar[bool] = False
 
     @classmethod
     def kind(cls) -> Kind:
@@ -84,6 +87,27 @@ class Method(ABC):
         keep what it needs again.
         """
         return {}
+
+    def heads(self, widths: Mapping[str, int]) -> Mapping[str, nn.Module]:
+        """Return modules that are trained with a role and belong to no export, by role.
+
+        They are the role's ``head``.
+
+        Args:
+            widths: Of the hidden states of each role.
+        """
+        return {}
+
+    def annotation(self) -> str:
+        """Return what identifies what ``annotate`` adds; empty where that is nothing."""
+        return ""
+
+    def annotate(self, texts: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        """Return what is kept on disk beside each encoded text: what frozen models say of it.
+
+        Of methods with ``given``. Asked once for each text, before training.
+        """
+        return [{} for _ in texts]
 
     def needs_images(self) -> bool:
         """Return whether every example must have an image."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from diffdistill.data.batches import prefetched
 from diffdistill.data.problems import Problem
@@ -14,7 +15,7 @@ from diffdistill.data.texts import Reading, TextDataset, open_texts
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.pipelines.questions import Questions
-from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import TextRows
 from diffdistill.session import Session, questions
 from diffdistill.types import Batch, Example
 
@@ -96,7 +97,7 @@ def labelled_questions(session: Session, samples: int) -> set[str]:
     return {str(example.messages) for example in seen_questions(session, samples)}
 
 
-def telling(texts: Iterator[Example], family: TextPair | Questions) -> Iterator[Example]:
+def telling(texts: Iterator[Example], family: TextRows[Any] | Questions) -> Iterator[Example]:
     """Yield texts; from time to time say what was left out, which would else pile up."""
     for number, text in enumerate(texts, start=1):
         yield text

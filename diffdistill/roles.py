@@ -114,6 +114,7 @@ class Role:
         family: Calls the network.
         network: May be shared with other roles.
         adapter: The adapter that is active in its calls; None for the bare network.
+        head: Is trained with the role, and belongs to no export.
         autocast: Matrix multiplications run in this type; None for the weights' own.
         detached: Whether its shadow acts alone, without the base.
     """
@@ -123,7 +124,7 @@ class Role:
     family: Caller
     network: nn.Module
     adapter: str | None = None
-    head: Head | None = None
+    head: nn.Module | None = None
     autocast: torch.dtype | None = None
     detached: bool = False
     _auxiliary: list[Tensor] = field(default_factory=list)

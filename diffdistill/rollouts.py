@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from diffdistill.byte_beam import Search
 from diffdistill.draws import Draws
 from diffdistill.projection import Prediction
-from diffdistill.texts import Reader
+from diffdistill.texts import Bytes, Reader, Text
 from diffdistill.types import Batch, Condition, Example, State
 
 Solutions: TypeAlias = Literal["unused", "learned", "shown"]
@@ -163,4 +164,45 @@ class AnswerFamily(Protocol):
 
     def spelled(self, answers: Answers) -> list[str]:
         """Return the text of each answer, without special tokens."""
+        ...
+
+
+class GivenFamily(Protocol):
+    """A family of autoregressive models that read the data's own texts, each in its own tokens."""
+
+    def spellings(self, *, reader: Reader = "student") -> Sequence[bytes | None]:
+        """Return what each token id of the reader spells, None of special tokens."""
+        ...
+
+    def text(self, batch: Batch, *, reader: Reader = "student") -> Text:
+        """Return the texts of ``batch`` without their first token, which is given."""
+        ...
+
+    def state(self, batch: Batch, *, reader: Reader = "student") -> State:
+        """Return where the reader's model is asked: at each token of ``text``."""
+        ...
+
+    def condition(self, batch: Batch, *, reader: Reader = "student", copies: int = 1) -> Condition:
+        """Return what the reader's model is told besides: the first token of each text."""
+        ...
+
+    def bytes(self, batch: Batch) -> Bytes:
+        """Return the bytes of the student's tokens, and what ``byte_targets`` found of them."""
+        ...
+
+    def byte_targets(
+        self, teacher: Actor, texts: Sequence[Mapping[str, Tensor]], search: Search, kept: int
+    ) -> list[dict[str, Tensor]]:
+        """Return what a teacher says of the bytes of encoded texts, to be kept beside them.
+
+        Args:
+            teacher: The model.
+            texts: Encoded texts.
+            search: Which tokenizations are followed.
+            kept: How many bytes are kept at each place; of the rest, its mass alone.
+        """
+        ...
+
+    def weights(self, teacher: Actor) -> str:
+        """Return a hash of a model's weights and of how it reads."""
         ...

@@ -15,6 +15,7 @@ from diffdistill.errors import UserError
 from diffdistill.method import Kind, Method
 from diffdistill.panel import Deferred, Panel
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.causal_pair import CausalPair
 from diffdistill.pipelines.engines import Engine
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
@@ -23,7 +24,8 @@ from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.picture_questions import PictureQuestions
 from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.server import Server
-from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import Reading
 from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.pipelines.vlm import VLM
 from diffdistill.protocols import Reward
@@ -42,7 +44,7 @@ KINDS: dict[Kind, tuple[type, str, str]] = {
 }
 """Of each kind of run: the class of its family, what it is of, and such a family's name."""
 
-Read: TypeAlias = FlowFamily | TextPair | Questions
+Read: TypeAlias = FlowFamily | TextPair | CausalPair | Questions
 """What reads a run's data, and is the family that its method knows."""
 
 
@@ -108,15 +110,18 @@ def text_pair(session: Session) -> TextPair:
     if isinstance(session.family, TextPair):
         return session.family
     name = session.config.family["name"]
-    if isinstance(session.family, Questions):
+    if isinstance(session.family, Questions | CausalPair):
         raise UserError(f"family {name} is autoregressive, and this is for masked diffusion")
     raise UserError(f"family {name} makes images or videos, not texts")
 
 
 def questions(session: Session) -> Questions:
-    """Return the readers of a session of an autoregressive model."""
-    assert isinstance(session.family, Questions), "commands ask for the kind of a run before"
-    return session.family
+    """Return the readers of questions of a session of an autoregressive model."""
+    read = session.family
+    if isinstance(read, CausalPair):
+        return Questions(read.student, read.teacher, read.asking, compared=False)
+    assert isinstance(read, Questions), "commands ask for the kind of a run before"
+    return read
 
 
 def resolve_model(path: str) -> str:
@@ -150,6 +155,10 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         for network in roles.networks():  # of language models, what is called
             getattr(network, "base_model", network).compile()
     method = _wire(config, read, roles, draws)
+    add_heads(method, roles, config.train.seed)
+    if isinstance(read, CausalPair) and method.annotation():
+        _check_frozen(config)
+        read.annotator = method
     return Session(config, read, roles, method, draws, device)
 
 
@@ -276,30 +285,76 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
         UserError: If they cannot read it together.
     """
     data = config.data
+    reading = Reading(
+        turns="all" if data.turns == "all" else "last",
+        packing=data.packing,
+        truncate=data.truncate,
+        skip=data.on_error == "skip",
+    )
+    teacher = others.get("teacher", family)
     if isinstance(family, CausalLM):
-        asking = Asking(
-            student_prompt=data.student_prompt,
-            teacher_prompt=data.teacher_prompt,
-            student_thinking=data.student_thinking,
-            teacher_thinking=data.teacher_thinking,
-            max_prompt=data.max_prompt,
-            max_answer=data.max_answer,
-            skip=data.on_error == "skip",
-        )
-        kind = PictureQuestions if isinstance(family, VLM) else Questions
-        return kind(family, others.get("teacher", family), asking, build_engine(config))
+        return _read_by_causal(config, family, teacher, reading)
     if isinstance(family, LanguageFamily):
-        teacher = others.get("teacher", family)
         assert isinstance(teacher, LanguageFamily)
-        reading = Reading(
-            turns="all" if data.turns == "all" else "last",
-            packing=data.packing,
-            truncate=data.truncate,
-            skip=data.on_error == "skip",
-        )
         return TextPair(family, teacher, reading)
     assert isinstance(family, FlowFamily)
     return family
+
+
+def _read_by_causal(
+    config: RunConfig, family: CausalLM, teacher: ModelFamily, reading: Reading
+) -> Questions | CausalPair:
+    """Return what reads questions to answer, or texts that are given.
+
+    Raises:
+        UserError: If the families cannot read them together.
+    """
+    data, name = config.data, config.method["name"]
+    asking = Asking(
+        student_prompt=data.student_prompt,
+        teacher_prompt=data.teacher_prompt,
+        student_thinking=data.student_thinking,
+        teacher_thinking=data.teacher_thinking,
+        max_prompt=data.max_prompt,
+        max_answer=data.max_answer,
+        skip=data.on_error == "skip",
+    )
+    if not catalog.load("method", name).given:
+        kind = PictureQuestions if isinstance(family, VLM) else Questions
+        assert isinstance(teacher, TokenFamily)
+        return kind(family, teacher, asking, build_engine(config))
+    if isinstance(family, VLM):
+        raise UserError(f"method {name} learns texts, without pictures: take causal-lm")
+    if not isinstance(teacher, CausalLM):
+        raise UserError(f"method {name} needs a teacher of family causal-lm")
+    return CausalPair(family, teacher, reading, asking=asking)
+
+
+def _check_frozen(config: RunConfig) -> None:
+    """Refuse a teacher that changes while what it said is kept."""
+    weights = config.roles["teacher"].weights
+    if weights != "frozen":
+        raise UserError(
+            f"roles.teacher: what it says is kept on disk, so weights must be frozen, not {weights}"
+        )
+
+
+def add_heads(method: Method, roles: Roles, seed: int) -> None:
+    """Give roles the heads that the method wants."""
+    if type(method).heads is Method.heads:
+        return
+    embeddings = {name: _embeddings(role.network) for name, role in roles.by_name.items()}
+    widths = {name: weight.shape[-1] for name, weight in embeddings.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, head in method.heads(widths).items():
+            roles[name].head = head.to(embeddings[name].device)
+
+
+def _embeddings(network: Any) -> torch.Tensor:
+    """Return the weight of a language model's output head, ``[V, H]``."""
+    weight: torch.Tensor = network.get_output_embeddings().weight
+    return weight
 
 
 def _check_quantized(config: RunConfig) -> None:

@@ -94,3 +94,24 @@ class TextFamily(Protocol):
             copies: How many times over, one after the other, the batch is to be read at once.
         """
         ...
+
+
+class Bytes(NamedTuple):
+    """What a batch of texts spells, byte after byte, and what a teacher says of each byte.
+
+    Attributes:
+        first: int64 ``[B, L]``: the number of each token's first byte; -1 of tokens that spell
+            none of them.
+        size: int64 ``[B, L]``: how many bytes each token spells.
+        observed: int64 ``[B, M]``: the bytes, and ``spellings.END`` where an answer ends.
+        ids: int64 ``[B, M, K]``: the teacher's most likely bytes there.
+        logprobs: ``[B, M, K]``: their log-probabilities; the rest is what they leave of 1.
+        known: bool ``[B, M]``: whether the teacher says anything.
+    """
+
+    first: Tensor
+    size: Tensor
+    observed: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    known: Tensor

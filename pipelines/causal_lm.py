@@ -13,6 +13,7 @@ from diffdistill.errors import UserError
 from diffdistill.noising import uniform
 from diffdistill.pipelines.block_diffusion import positions_of, project
 from diffdistill.pipelines.causal_sampling import positions_in, sample_answers
+from diffdistill.pipelines.chats import Row, joined
 from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.projection import Projection, dense, vocabulary
 from diffdistill.rollouts import Answers, Sampling
@@ -21,14 +22,23 @@ from diffdistill.types import Condition, State
 
 @dataclass(kw_only=True)
 class CausalLM(NetworkFamily):
-    """Any causal LM of transformers, as it is: each token is predicted from those before it."""
+    """Any causal LM of transformers, as it is: each token is predicted from those before it.
+
+    Attributes:
+        max_length: Of methods that learn the data's own texts: tokens of the longest; the rest is
+            cut off.
+    """
+
+    max_length: int = 1024
 
     def __post_init__(self) -> None:
         """Choose the type of the weights.
 
         Raises:
-            UserError: If the attention is one for block masks.
+            UserError: If the attention is one for block masks, or no text has the length.
         """
+        if self.max_length < 2:
+            raise UserError(f"max_length must be at least 2, not {self.max_length}")
         if self.attention == "flex_attention":
             raise UserError(
                 "attention flex_attention is for the block masks of diffusion: use sdpa, which "
@@ -76,6 +86,33 @@ class CausalLM(NetworkFamily):
             return found
         bias = None if found.bias is None else found.bias[: self.words]
         return found._replace(weight=found.weight[: self.words], bias=bias)
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a batch is a multiple of: what fast kernels like."""
+        return 8
+
+    def lay_out(self, row: Row) -> Row:
+        """Return a text as the network reads it; empty where there is nothing to learn.
+
+        A text is put after the tokenizer's start token; without one its first token is given, and
+        not learned. It is followed by an end token, which is learned. What comes after the last
+        answer of a chat is dropped.
+        """
+        if not any(row.maskable):
+            return row.part(0, 0)
+        kept = row.part(0, len(row.maskable) - row.maskable[::-1].index(True))
+        start: int | None = self.tokenizer.bos_token_id
+        if kept.maskable[0] and start is not None:
+            kept = joined(Row([start], [False], [-1], kept.documents[:1]), kept)
+        kept.maskable[0] = False
+        if kept.tokens[-1] in self.tokenizer.all_special_ids:
+            return kept
+        return joined(kept, Row([self.eos_id], [True], [-1], kept.documents[-1:]))
+
+    def fingerprint(self) -> str:
+        """Return a hash of the tokenizer and of the options that alter how texts are read."""
+        return self.hashed(type(self).__name__, self.max_length)
 
     def sample(
         self,

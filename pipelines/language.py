@@ -4,8 +4,6 @@ A family reads texts with its own tokenizer and predicts every hidden token of a
 Subclasses differ in the call alone.
 """
 
-import hashlib
-import json
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -170,9 +168,4 @@ class LanguageFamily(NetworkFamily):
 
     def fingerprint(self) -> str:
         """Return a hash of the tokenizer and of the options that alter how texts are read."""
-        options = [type(self).__name__, self.max_length, self.block, self.mask_token]
-        content = json.dumps([*options, self.tokenizer.chat_template])
-        digest = hashlib.sha256(content.encode())
-        for file in sorted(self.folder.glob("*token*")):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:16]
+        return self.hashed(type(self).__name__, self.max_length, self.block, self.mask_token)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
-from diffdistill.pipelines.exporting_text import export_language_lora, export_language_model
+from diffdistill.pipelines.exporting_text import export_adapter, export_language_model
 from diffdistill.rollouts import Actor
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -89,9 +89,12 @@ def _write(family: CausalLM, student: Actor, folder: Path) -> None:
     if student.adapter is None:
         export_language_model(family, student.network, folder)
         return
+    if student.settings.shadow is not None or student.settings.dora:
+        raise UserError(
+            "vLLM runs whole networks and LoRA, neither shadows nor DoRA: set engine: transformers"
+        )
     weights = {name: value.detach().cpu() for name, value in student.parameters().items()}
-    settings = student.settings
-    export_language_lora(family, weights, folder, rank=settings.rank, alpha=settings.alpha)
+    export_adapter(family, weights, folder, student.settings)
 
 
 @torch.no_grad()

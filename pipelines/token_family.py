@@ -1,5 +1,7 @@
 """What all families of language models share: a tokenizer, with its template and its end tokens."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +98,14 @@ class TokenFamily(ModelFamily):
     def save_reader(self, folder: Path) -> None:
         """Write the tokenizer, with its template, beside exported weights."""
         self.tokenizer.save_pretrained(str(folder))
+
+    def hashed(self, *options: Any) -> str:
+        """Return a hash of the tokenizer and its template, and of options."""
+        content = json.dumps([*options, self.tokenizer.chat_template])
+        digest = hashlib.sha256(content.encode())
+        for file in sorted(self.folder.glob("*token*")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
 
     def decoded(self, tokens: Sequence[int]) -> str:
         """Return a text without its special tokens."""

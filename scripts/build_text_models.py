@@ -1,9 +1,9 @@
 """Builds the language models of samples/models: they write short functions of Python's library.
 
-Two tokenizers that disagree, and four models: an autoregressive base, the block-diffusion student
-that it is converted to, a larger teacher with the student's tokenizer, and a mixture of experts
-with a tokenizer of its own, which is trained by masked diffusion. All begin as random weights, and
-each diffusion model as an autoregressive one.
+Two tokenizers that disagree, and five models: an autoregressive base, the block-diffusion student
+that it is converted to, a larger teacher with the student's tokenizer, a mixture of experts with
+the other tokenizer, which is trained by masked diffusion, and an autoregressive teacher with that
+one. All begin as random weights, and each diffusion model as an autoregressive one.
 
     python scripts/build_text_models.py                 # all, two processes of one thread each
     python scripts/build_text_models.py --only moe      # keep the others
@@ -60,8 +60,10 @@ from diffdistill.roles import Role, RoleSettings
 from diffdistill.types import Example, Progress
 
 CPU = torch.device("cpu")
-PARTS = ("dense", "moe", "student")
+PARTS = ("dense", "moe", "ar-teacher", "student")
 """The longest first."""
+AUTOREGRESSIVE = ("python-ar", "python-ar-teacher")
+"""The models that are not trained by denoising."""
 BLOCK = 16
 LENGTH = 192
 LOWEST = 0.25
@@ -109,6 +111,7 @@ RECIPES = {
     "moe": Recipe(
         hidden=160, layers=5, heads=5, inner=256, experts=8, ar_steps=600, diffusion_steps=1200
     ),
+    "ar-teacher": Recipe(hidden=160, layers=5, heads=5, inner=432, ar_steps=800),
 }
 
 
@@ -169,7 +172,7 @@ def train_tokenizer(
 def build_tokenizer(part: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a part: of 1535 tokens, so that the mask token is one of 1536, or 1279."""
     texts = [whole(row) for row in rows_of("python-train.jsonl")]
-    if part == "moe":
+    if part in ("moe", "ar-teacher"):
         specials = ["<|role_end|>", "<|pad|>", "<role>", "</role>"]
         return train_tokenizer(texts, 1279, words=False, specials=specials, template=ROLES)
     specials = ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]
@@ -510,6 +513,9 @@ to the right ones, because a mere `return` parses too."""
 WHAT = {
     "python-ar": "An autoregressive Qwen3 of {layers} layers and {hidden} channels: what "
     "[python-bd3lm](../python-bd3lm/README.md) was converted from.",
+    "python-ar-teacher": "An autoregressive Qwen3 of {layers} layers and {hidden} channels with "
+    "the tokenizer and template of [python-moe](../python-moe/README.md): the teacher of "
+    "`bld/python`, whose student is [python-ar](../python-ar/README.md).",
     "python-bd3lm": "A block-diffusion Qwen3 (BD3LM) of {layers} layers and {hidden} channels, "
     "blocks of {block} tokens, converted from [python-ar](../python-ar/README.md): the student of "
     "`tide-shared/python` and `tide-cross/python`, before any distillation.",
@@ -529,7 +535,7 @@ family: {{name: {family}, path: "bundled:{name}", block: {block}, max_length: {l
 
 def write_card(folder: Path, part: str, recipe: Recipe, count: int) -> None:
     """Measures a saved model, and writes its card."""
-    name, base = folder.name, folder.name == "python-ar"
+    name, base = folder.name, folder.name in AUTOREGRESSIVE
     results = measure_base(folder, count) if base else measure(folder, part, count)
     for key, value in results.items():
         print(f"{name}: {key} {value:.4g}", flush=True)
@@ -570,6 +576,9 @@ def build(part: str, output: Path, recipe: Recipe, count: int) -> str:
         build_base(part, recipe, base)
         build_diffusion(part, recipe, base, folder)
         write_card(base, part, recipe, count)
+    elif part == "ar-teacher":
+        folder = output / "python-ar-teacher"
+        build_base(part, recipe, folder)
     else:
         folder = output / f"python-{part}"
         with tempfile.TemporaryDirectory() as work:

@@ -214,6 +214,15 @@ def test_weights_are_handed_over_once_and_one_folder_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == [handover.label]
 
 
+def test_adapters_that_vllm_cannot_run_are_refused(family: CausalLM, tmp_path: Path) -> None:
+    dora = build_roles({"student": RoleSettings(**LORA, dora=True)}, family)["student"]  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError, match="neither shadows nor DoRA"),
+        Handover(str(tmp_path)).written(family, dora),
+    ):
+        pass
+
+
 # vLLM in the process
 
 

@@ -412,6 +412,7 @@ def test_a_set_and_skills_are_alternatives_and_all_experts_are_of_one_form(
     ("options", "message"),
     [
         ({"rewarded_steps": 0, "shared_steps": 0}, "not both 0"),
+        ({"scale_rewards": "batch"}, "would mix skills"),
         ({"beta": -1.0}, "beta must be at least 0"),
         ({"betas": {"sums": -0.5}}, "beta must be at least 0"),
     ],

@@ -247,7 +247,7 @@ def test_templates_that_lack_their_places_are_refused(asking: Any, message: str)
 
 def test_a_teacher_of_another_vocabulary_is_refused_with_the_methods_for_it(world: Path) -> None:
     with pytest.raises(
-        UserError, match=r"has another vocabulary than .*\d+ tokens differ.*\(bld, uld, gold\)"
+        UserError, match=r"has another vocabulary than .*\d+ tokens differ.*\(bld, alm, "
     ):
         make_questions(world, "foreign")
 

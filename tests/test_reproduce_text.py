@@ -19,7 +19,9 @@ from diffdistill.stages import load_pipeline
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce"
 NAMES = ("tip", "many_faces", "opsd", "atesd", "sdar", "cliff", "egx")
-OWN = ("collecting", "answers_sft", "arithmetic_runs", "tide", "copd", "sparse_to_dense", *NAMES)
+OWN = (
+    "collecting", "answers_sft", "arithmetic_runs", "bld", "tide", "copd", "sparse_to_dense", *NAMES
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,25 @@ def test_every_arm_has_a_config_and_options_that_its_method_takes(
             if item.default is MISSING and item.default_factory is MISSING
         }
         cls(**{**missing, "draws": Draws(0), **options})
+
+
+def test_all_arms_of_bld_learn_from_the_same_texts_at_one_learning_rate(
+    scripts: dict[str, ModuleType],
+) -> None:
+    script = scripts["bld"]
+    configs = [
+        load_config(arm.config, script.overrides_of(arm, 9, 32, Path("cache")))
+        for arm in script.ARMS.values()
+    ]
+    for config in configs:
+        options = dict(config.method)
+        cls = catalog.load("method", options.pop("name"))
+        parts = dict.fromkeys(("family", "student", *cls.roles))
+        cls(**parts, draws=Draws(0), **options)
+    assert len({str(c.data) for c in configs}) == 1
+    assert len({str(c.train) for c in configs}) == 1
+    assert len({str((c.method, c.data)) for c in configs}) == len(configs)
+    assert {c.family["path"] for c in configs} == {"bundled:python-ar"}
 
 
 @pytest.mark.parametrize("name", NAMES)

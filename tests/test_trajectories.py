@@ -16,9 +16,16 @@ from diffdistill.draws import Draws
 from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.roles import Roles, RoleSettings, build_roles
+from diffdistill.session import add_heads
 from diffdistill.types import Example, Progress
 from tests.answer_run import Length, make_questions, save_answer_world
 from tests.conftest import CPU, make_batch, make_roles, make_toy
+from tests.given_run import (
+    given_batch,
+    make_causal_pair,
+    make_given_roles,
+    save_given_world,
+)
 from tests.text_run import make_pair, save_world, text_batch
 from tests.tiny_streams import CLIP, Warmth, make_family, stream_batch
 
@@ -70,6 +77,14 @@ TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "uld": ({"student": LORA, "teacher": {"weights": "frozen"}}, {"pairs": "chunk"}),
 }
 """Of methods for texts: on tiny language models."""
+GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alm": ({"student": LORA, "teacher": {"weights": "frozen"}}, {"temperature": 5.0}),
+    "bld": ({"student": LORA, "teacher": {"weights": "frozen"}}, {"kl_weight": 1.0}),
+    "text-gold": ({"student": LORA, "teacher": {"weights": "frozen"}}, {}),
+    "text-sft": ({"student": LORA}, {}),
+    "text-uld": ({"student": LORA, "teacher": {"weights": "frozen"}}, {}),
+}
+"""Of methods on given texts: on tiny autoregressive models, in fewer steps."""
 OTHER = {"weights": "frozen", "path": "other"}
 REWARDED: dict[str, Any] = {"num_answers": 2, "reward": Length(device=CPU)}
 ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -135,13 +150,29 @@ def question_batch(family: Questions, first_id: int) -> dict[str, Any]:
     return family.collate(examples, list(numbers))
 
 
+def batch_of(name: str, family: Any, step: int) -> dict[str, Any]:
+    """Return the batch of a step."""
+    if name in TEXTS:
+        return text_batch(family, 3, first_id=3 * step)
+    if name in GIVEN:
+        return given_batch(family, 3, first_id=3 * step)
+    if name in ANSWERS:
+        return question_batch(family, 3 * step)
+    if name in STREAMS:
+        return stream_batch(1, first_id=step)
+    return make_batch(3, seed=step, first_id=3 * step)
+
+
 def run(name: str, folder: Path) -> dict[str, list[float]]:
     """Return the losses of each role, in the order they came."""
-    settings, options = (RUNS | STREAMS | TEXTS | ANSWERS)[name]
+    settings, options = (RUNS | STREAMS | TEXTS | GIVEN | ANSWERS)[name]
     streams = name in STREAMS
     family: Any
     if name in TEXTS:
         family, roles = text_roles(folder, settings)
+    elif name in GIVEN:
+        family = make_causal_pair(save_given_world(folder))
+        roles = make_given_roles(family, settings)
     elif name in ANSWERS:
         family, roles = answer_roles(folder, settings)
         options = {"max_tokens": 6} | options
@@ -150,23 +181,19 @@ def run(name: str, folder: Path) -> dict[str, list[float]]:
         roles = make_roles(family, **settings)
     players = {role: roles[role] for role in settings}
     method = catalog.load("method", name)(family=family, draws=Draws(0), **players, **options)
-    lr = 0.002 if name in TEXTS or name in ANSWERS else 0.02  # more, and rounding errors grow
+    if name in GIVEN:
+        add_heads(method, roles, seed=3)
+        family.annotator = method if method.annotation() else None
+    short = name in STREAMS | ANSWERS | GIVEN
+    lr = 0.002 if name in TEXTS | ANSWERS | GIVEN else 0.02  # more, and rounding errors grow
     optimizers = {
         role.name: torch.optim.SGD(role.parameters().values(), lr=lr) for role in roles.trained()
     }
     losses: dict[str, list[float]] = {role: [] for role in optimizers}
-    steps = SHORT if streams or name in ANSWERS else STEPS
+    steps = SHORT if short else STEPS
     for step in range(steps):
         trained = set()
-        if name in TEXTS:
-            batch = text_batch(family, 3, first_id=3 * step)
-        elif name in ANSWERS:
-            batch = question_batch(family, 3 * step)
-        elif streams:
-            batch = stream_batch(1, first_id=step)
-        else:
-            batch = make_batch(3, seed=step, first_id=3 * step)
-        for loss in method.losses(batch, Progress(step, steps)):
+        for loss in method.losses(batch_of(name, family, step), Progress(step, steps)):
             loss.value.backward()
             losses[loss.role].append(loss.value.item())
             trained.add(loss.role)
@@ -187,7 +214,7 @@ def test_the_losses_are_those_that_were_recorded(name: str, tmp_path: Path) -> N
     recorded = json.loads(file.read_text())
     assert list(found) == list(recorded)
     for role, values in recorded.items():
-        short = name in STREAMS or name in ANSWERS
+        short = name in STREAMS | ANSWERS | GIVEN
         assert len(set(values)) > (SHORT if short else STEPS) / 3
         tolerance = 1e-5 if name in RUNS else 1e-4
         assert found[role] == pytest.approx(values, rel=tolerance, abs=1e-6)

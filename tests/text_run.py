@@ -8,7 +8,8 @@ import torch
 
 from diffdistill.pipelines.bd3lm import BD3LM
 from diffdistill.pipelines.mdlm import MDLM
-from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import Reading
 from diffdistill.types import Example
 from tests.conftest import CPU
 from tests.tiny_text import CODE, save_lm

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffdistill.checkpoints import write_atomic
 from diffdistill.commands.evaluate_answers import evaluate_answers
+from diffdistill.commands.evaluate_bits import evaluate_bits
 from diffdistill.commands.evaluate_text import evaluate_text
 from diffdistill.commands.sample import how_sampled
 from diffdistill.commands.sessions import kind_of, models, open_session, render
@@ -22,7 +23,7 @@ from diffdistill.session import KINDS, Session
 SUITES: dict[Kind, tuple[str, ...]] = {
     "pictures": ("few-step", "video", "vbench"),
     "texts": ("text", "python", "lm-eval"),
-    "answers": ("answers",),
+    "answers": ("answers", "bits"),
 }
 
 
@@ -44,7 +45,7 @@ def evaluate(
     Args:
         source: A run's folder, or a config (before any training).
         suite: ``few-step``, ``video`` or ``vbench``, of texts ``text``, ``python`` or
-            ``lm-eval``, of autoregressive models ``answers``; None is the first.
+            ``lm-eval``, of autoregressive models ``answers`` or ``bits``; None is the first.
         checkpoint: Which checkpoint of a run.
         output: The JSON file; None is that of the run, and none for a config. For ``vbench`` the
             folder; None is ``vbench`` in the run's folder, or here.
@@ -58,6 +59,8 @@ def evaluate(
     suite = suites[0] if suite is None else suite
     if suite not in suites:
         raise UserError(f"no suite {suite!r} for {KINDS[kind][1]}; there is {', '.join(suites)}")
+    if suite == "bits":
+        return evaluate_bits(source, checkpoint, output, overrides)
     if kind == "answers":
         return evaluate_answers(source, checkpoint, output, overrides)
     if kind == "texts":

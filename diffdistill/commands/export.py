@@ -25,7 +25,7 @@ from diffdistill.pipelines.exporting_text import (
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.questions import Questions
-from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import TextRows
 from diffdistill.pipelines.wan_pipeline import write_settings
 from diffdistill.pipelines.wan_streaming import WanStreaming
 from diffdistill.provenance.files import CARD, RECORD, beside_file, read_record
@@ -120,7 +120,7 @@ def _exported(session: Session, role: Role, output: Path, layout: str) -> Path:
     """Write a role's weights; return what was written."""
     family = session.family
     name = session.config.family["name"]
-    if isinstance(family, TextPair | Questions):
+    if isinstance(family, TextRows | Questions):
         if layout not in TEXT_LAYOUTS:
             raise UserError(f"layout {layout!r} is for images and videos, not for {name}; here: "
                             f"{', '.join(TEXT_LAYOUTS)}")  # fmt: skip

@@ -22,7 +22,8 @@ from diffdistill.pipelines.answers import AnswerSampler
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.chats import Messages, chat_row, read_chat
 from diffdistill.pipelines.language import LanguageFamily
-from diffdistill.pipelines.text_pair import Reading, TextPair
+from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import Reading
 from diffdistill.pipelines.unmasking import Unmasking
 from diffdistill.projection import token_logprob
 from diffdistill.roles import Role

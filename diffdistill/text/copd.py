@@ -96,6 +96,8 @@ class CoPD(Rewarded):
         super().__post_init__()
         if min(self.rewarded_steps, self.shared_steps) < 0 or self.cycle == 0:
             raise ValueError("rewarded_steps and shared_steps must be at least 0, and not both 0")
+        if self.scale_rewards == "batch":
+            raise ValueError("scale_rewards: batch would mix skills: take group or none")
         if min([self.beta, *self.betas.values()]) < 0:
             raise ValueError("beta must be at least 0: below, peers teach the opposite")
         shared = {item.name: getattr(self, item.name) for item in fields(Rewarded)}
@@ -141,7 +143,7 @@ class CoPD(Rewarded):
         rewards = expert.rewards(attempt)
         mask, tokens = expert.rewarded_tokens(attempt), attempt.answers.tokens
         logprob = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)
-        value, count = expert.policy(attempt, expert.advantages(rewards), logprob)
+        value, count = expert.policy(attempt, expert.advantages(rewards, progress), logprob)
         told: dict[str, Tensor] = expert.told(attempt, rewards)
         if self.watch_every and progress.step % self.watch_every == 0:
             told |= self._watched(name, attempt)
