@@ -29,7 +29,7 @@ from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.method import Kind
 from diffdistill.provenance.settings import ProvenanceSettings
-from diffdistill.roles import RoleSettings
+from diffdistill.role_settings import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 from diffdistill.shadow import ShadowSettings

@@ -18,7 +18,8 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.protocols import Model
 from diffdistill.readouts import clean_of, guided
-from diffdistill.roles import Role, RoleSettings
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.session import Session, flow_family
 from diffdistill.types import Batch, Condition, Example, State
 

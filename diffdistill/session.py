@@ -29,7 +29,9 @@ from diffdistill.pipelines.text_rows import Reading
 from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.pipelines.vlm import VLM
 from diffdistill.protocols import Reward
-from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Roles, enable_checkpointing
 from diffdistill.text.comparing import Comparing
 from diffdistill.text.exposed import Exposed
 from diffdistill.text.extrapolating import Extrapolating

@@ -24,7 +24,7 @@ from diffdistill.distributed import Distributed, clip_gradients
 from diffdistill.errors import UserError
 from diffdistill.method import Method
 from diffdistill.optimizers import make_optimizer
-from diffdistill.roles import copy_parameters
+from diffdistill.role_building import copy_parameters
 from diffdistill.schedules import learning_rate_factor
 from diffdistill.session import Session
 from diffdistill.types import Batch, Loss, Progress

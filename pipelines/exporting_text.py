@@ -14,7 +14,7 @@ from diffdistill.pipelines.exporting import check_empty, merged_state
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.token_family import TokenFamily
-from diffdistill.roles import RoleSettings
+from diffdistill.role_settings import RoleSettings
 from diffdistill.shadow import standalone
 
 

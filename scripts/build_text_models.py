@@ -56,7 +56,8 @@ from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.mdlm import MDLM
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.unmasking import Unmasking
-from diffdistill.roles import Role, RoleSettings
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.types import Example, Progress
 
 CPU = torch.device("cpu")

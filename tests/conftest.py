@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from diffdistill.method import Method
 from diffdistill.pipelines.toy import Toy
 from diffdistill.protocols import Model
-from diffdistill.roles import Role, Roles, RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role, Roles
 from diffdistill.types import Batch, Condition, Loss, Progress, State
 
 torch.set_num_threads(1)

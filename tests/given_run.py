@@ -12,7 +12,9 @@ from diffdistill.method import Method
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.causal_pair import CausalPair
 from diffdistill.pipelines.text_rows import Reading
-from diffdistill.roles import Roles, RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Roles
 from diffdistill.session import add_heads
 from diffdistill.types import Example
 from tests.conftest import CPU

@@ -9,7 +9,7 @@ from diffdistill.method import Method
 from diffdistill.methods.sft import SFT
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.token_family import TokenFamily
-from diffdistill.roles import RoleSettings
+from diffdistill.role_settings import RoleSettings
 
 
 @pytest.mark.parametrize("name", sorted(catalog.METHODS))

@@ -16,7 +16,9 @@ from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.causal_sampling import answers_of, sample_answers
 from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.projection import dense, token_logprob
-from diffdistill.roles import RoleSettings, build_roles, enable_checkpointing
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import enable_checkpointing
 from diffdistill.rollouts import Answers, Sampling
 from diffdistill.types import State
 from tests.conftest import CPU, disturb, gradients

@@ -8,7 +8,7 @@ import yaml
 from diffdistill import config
 from diffdistill.config import RunConfig, bundled_configs, load_config, parse_config
 from diffdistill.errors import UserError
-from diffdistill.roles import RoleSettings
+from diffdistill.role_settings import RoleSettings
 
 
 def values(**sections: Any) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from diffdistill.pipelines.student_weights import Handover, fingerprint
 from diffdistill.pipelines.vllm_engine import Vllm
 from diffdistill.pipelines.vllm_server import VllmServer
 from diffdistill.projection import dense
-from diffdistill.roles import Role, RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.rollouts import Answers, Sampling
 from diffdistill.session import build
 from diffdistill.types import State

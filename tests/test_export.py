@@ -31,7 +31,9 @@ from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.original_keys import klein_place, original_lora
 from diffdistill.pipelines.wan import Wan
 from diffdistill.pipelines.z_image import ZImage
-from diffdistill.roles import Role, RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.types import Example
 from tests import tiny
 

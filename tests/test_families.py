@@ -19,7 +19,9 @@ from diffdistill.pipelines.flux2_klein import SUFFIXES, Flux2Klein, _inputs, _li
 from diffdistill.pipelines.latent import LatentFamily
 from diffdistill.pipelines.wan import Wan
 from diffdistill.pipelines.z_image import ZImage
-from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Roles, enable_checkpointing
 from diffdistill.types import Example, Progress, State
 from tests import tiny
 

@@ -26,7 +26,8 @@ from diffdistill.pipelines.bd3lm import BD3LM
 from diffdistill.pipelines.language import LanguageFamily
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.pipelines.unmasking import Unmasking
-from diffdistill.roles import Role, RoleSettings
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.texts import Reader
 from diffdistill.types import Condition, Example, State
 from tests.text_run import chat, make_pair, save_world

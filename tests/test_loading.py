@@ -14,7 +14,8 @@ from diffdistill.errors import MissingExtra, UserError
 from diffdistill.pipelines import loading
 from diffdistill.pipelines.flux2_klein import Flux2Klein
 from diffdistill.pipelines.z_image import ZImage
-from diffdistill.roles import RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
 from diffdistill.types import Example, State
 from tests import tiny
 

@@ -14,7 +14,8 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.questions import Asking, Questions, filled
 from diffdistill.projection import dense
-from diffdistill.roles import Role, RoleSettings
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.rollouts import Sampling
 from diffdistill.types import Batch, Example
 from tests.answer_run import ROWS, make_questions, save_answer_world, write_questions

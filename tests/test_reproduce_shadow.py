@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffdistill.config import load_config
-from diffdistill.roles import build_roles
+from diffdistill.role_building import build_roles
 from tests.tiny_text import causal_lm
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce"

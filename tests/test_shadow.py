@@ -24,7 +24,9 @@ from diffdistill.pipelines.block_sampling import BlockSampler, UncachedSampler
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.projection import dense, token_logprob, token_maps
-from diffdistill.roles import Role, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role, enable_checkpointing
 from diffdistill.rollouts import Sampling
 from diffdistill.session import build
 from diffdistill.shadow import ShadowSettings, add_shadow, alone, is_shadow, shadow_of

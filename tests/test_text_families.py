@@ -21,7 +21,9 @@ from diffdistill.pipelines.masked_sampling import denoise_all
 from diffdistill.pipelines.mdlm import MDLM
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.projection import dense
-from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Roles, enable_checkpointing
 from diffdistill.texts import Reader
 from diffdistill.types import Example, State
 from tests.conftest import CPU, disturb, gradients

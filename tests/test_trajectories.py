@@ -15,7 +15,9 @@ from diffdistill import catalog
 from diffdistill.draws import Draws
 from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_pair import TextPair
-from diffdistill.roles import Roles, RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Roles
 from diffdistill.session import add_heads
 from diffdistill.types import Example, Progress
 from tests.answer_run import Length, make_questions, save_answer_world

@@ -14,7 +14,8 @@ from diffdistill.errors import UserError
 from diffdistill.methods.sft import SFT
 from diffdistill.pipelines.wan import NEGATIVE_PROMPT, Wan, _inputs
 from diffdistill.readouts import clean_of
-from diffdistill.roles import RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
 from diffdistill.types import Example, Progress, State
 from tests import tiny
 from tests.conftest import CPU, randn

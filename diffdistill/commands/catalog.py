@@ -18,7 +18,7 @@ from diffdistill.config import (
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings, TextEvaluateSettings
-from diffdistill.roles import RoleSettings
+from diffdistill.role_settings import RoleSettings
 
 KINDS = {"methods": "method", "families": "family", "rewards": "reward", "engines": "engine"}
 

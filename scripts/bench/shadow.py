@@ -26,7 +26,9 @@ from transformers import Qwen3ForCausalLM
 from diffdistill.estimates import nbytes, saved_tensors
 from diffdistill.pipelines.block_diffusion import project
 from diffdistill.projection import Prediction, cross_entropy
-from diffdistill.roles import Role, RoleSettings, build_roles
+from diffdistill.role_building import build_roles
+from diffdistill.role_settings import RoleSettings
+from diffdistill.roles import Role
 from diffdistill.shadow import ShadowSettings
 from diffdistill.types import Condition, State
 
