@@ -26,6 +26,7 @@ from collecting import (
     cell,
     collect,
     deviation,
+    differences,
     header,
     open_results,
     row,
@@ -97,6 +98,13 @@ SHOWN = {
     "dense": "KL to dense",
     "moe": "chunk KL to MoE",
 }
+PAIRED = ("answers", "texts", "dense", "moe")
+AGAINST = {
+    "continued": ("forward KL", "reverse KL", "TIDE-Shared", "noise axis alone",
+                  "training axis alone", "no CompDemo"),
+    "continued, whole chunks": ("CALM", "TIDE-Cross", "reverse binary KL", "CALM-TIDAL"),
+}  # fmt: skip
+"""The arm without a teacher that hides as others do, and those others."""
 
 
 class World:
@@ -223,6 +231,15 @@ def readme(results: dict[str, Any]) -> str:
         lines += ["", f"## {title}", "", *top, row("undistilled", before)]
         for name in names:
             lines.append(row(name, [cell(values(results, name, key)) for key in SHOWN]))
+    lines += ["", "## What a teacher adds, seed by seed", ""]
+    lines += [
+        "Thousandths more than the arm that hides the same without a teacher; less is better."
+    ]
+    lines += ["", *header([SHOWN[key] for key in PAIRED])]
+    for other, names in AGAINST.items():
+        for name in names:
+            gaps = [[1e3 * x for x in differences(results, name, other, key)] for key in PAIRED]
+            lines.append(row(f"{name} - {other}", [cell(gap) for gap in gaps]))
     lines += ["", "## The teachers", "", *top]
     for name in ("dense teacher", "MoE teacher"):
         found = results[name]
