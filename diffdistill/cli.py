@@ -11,7 +11,7 @@ import typer
 from diffdistill.errors import UserError
 
 app = typer.Typer(
-    help="Distil diffusion models.",
+    help="Distil diffusion models of images, videos and text, and autoregressive language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
