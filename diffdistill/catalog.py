@@ -36,6 +36,7 @@ METHODS = {
     "sdtt": "diffdistill.methods.sdtt:SDTT",
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
+    "sft-answers": "diffdistill.text.sft:AnswerSFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
     "tide": "diffdistill.methods.tide:Tide",
     "uld": "diffdistill.methods.uld:ULD",

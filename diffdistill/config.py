@@ -31,6 +31,7 @@ from diffdistill.method import Kind
 from diffdistill.roles import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
+from diffdistill.tessy_settings import FitSettings, TessySettings
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -114,6 +115,7 @@ class RunConfig:
     tracking: TrackingSettings
     evaluate: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
+    tessy: TessySettings | None = None
 
     @property
     def pictures(self) -> SampleSettings:
@@ -214,10 +216,25 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     elif "average" in given_roles:
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
     evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
+    sections["tessy"] = _tessy(values.get("tessy"), f"{origin}: tessy")
     rewards = _rewards(values.get("rewards"), origin)
     return RunConfig(
         family=family, method=method, roles=roles, evaluate=evaluate, rewards=rewards, **sections
     )
+
+
+def _tessy(given: Any, origin: str) -> TessySettings | None:
+    """Return the checked section ``tessy``; None where there is none."""
+    if given is None:
+        return None
+    values = _section(given, origin)
+    fit = _section(values.get("fit"), f"{origin}.fit")
+    for part, name in ((values, "teacher"), (fit, "model")):
+        if part.get(name):
+            part[name] = _named(part, "family", origin, name)
+    values["fit"] = parse(FitSettings, fit, f"{origin}.fit")
+    settings: TessySettings = parse(TessySettings, values, origin)
+    return settings
 
 
 def _rewards(given: Any, origin: str) -> list[dict[str, Any]]:

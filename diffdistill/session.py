@@ -10,6 +10,7 @@ import torch
 from diffdistill import catalog
 from diffdistill.bundled import bundled
 from diffdistill.config import RunConfig
+from diffdistill.data.settings import DataSettings
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.method import Kind, Method
@@ -260,16 +261,7 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
     """
     data = config.data
     if isinstance(family, CausalLM):
-        asking = Asking(
-            student_prompt=data.student_prompt,
-            teacher_prompt=data.teacher_prompt,
-            student_thinking=data.student_thinking,
-            teacher_thinking=data.teacher_thinking,
-            max_prompt=data.max_prompt,
-            max_answer=data.max_answer,
-            skip=data.on_error == "skip",
-        )
-        return Questions(family, others.get("teacher", family), asking)
+        return Questions(family, others.get("teacher", family), asking_of(data))
     if isinstance(family, LanguageFamily):
         teacher = others.get("teacher", family)
         assert isinstance(teacher, LanguageFamily)
@@ -282,6 +274,19 @@ def _read_by(config: RunConfig, family: ModelFamily, others: Mapping[str, TokenF
         return TextPair(family, teacher, reading)
     assert isinstance(family, FlowFamily)
     return family
+
+
+def asking_of(data: DataSettings) -> Asking:
+    """Return how questions are put, as the section ``data`` says."""
+    return Asking(
+        student_prompt=data.student_prompt,
+        teacher_prompt=data.teacher_prompt,
+        student_thinking=data.student_thinking,
+        teacher_thinking=data.teacher_thinking,
+        max_prompt=data.max_prompt,
+        max_answer=data.max_answer,
+        skip=data.on_error == "skip",
+    )
 
 
 def _check_quantized(config: RunConfig) -> None:
