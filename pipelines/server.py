@@ -16,6 +16,7 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.completions import Completions, Protocol, Scored, served_models
 from diffdistill.pipelines.json_server import JsonServer
 from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.rollouts import Sampling
 from diffdistill.supports import TopK
 from diffdistill.types import Condition, State
 
@@ -144,6 +145,10 @@ class Server(TokenFamily):
             logprobs[index, :length] = torch.tensor(row.logprobs).view(-1, self.top_k)
             own[index, :length] = torch.tensor(row.tokens)
         return TopK(*(found.to(state.x.device) for found in (ids, logprobs, own)))
+
+    def written(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> tuple[str, bool]:
+        """Return what the server writes after a prompt, and whether it ended it."""
+        return self._completions.written(prompt, sampling, seed)
 
     def token_id(self, text: str) -> int:
         """Return the id of the one token that is spelled so.

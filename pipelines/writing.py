@@ -23,7 +23,6 @@ from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.projection import token_logprob
 from diffdistill.rollouts import Sampling
-from diffdistill.supports import TopK
 from diffdistill.types import Example, State
 
 
@@ -202,8 +201,9 @@ class ServedWriter(Writer):
     ) -> list[float]:
         """Return how likely the tokens of texts are after prompts, a mean over each text."""
         state, told = _asked(prompts, texts, self.family)
-        found: TopK = self.family.predict(nn.Module(), state, told)
-        return _means(found.tokens, state)
+        found = self.family.predict(nn.Module(), state, told).tokens
+        assert found is not None, "a server says how likely the answer's tokens are"
+        return _means(found, state)
 
 
 def _asked(

@@ -113,7 +113,8 @@ def given(path: str) -> dict[Author, list[Annotated]]:
     file = Path(path).expanduser()
     for row in read_table(file, problems) if file.suffix == ".jsonl" else ():
         text, spans, author = (row.values.get(key) for key in ("text", "spans", "author"))
-        if not isinstance(text, str) or author not in texts or not _is_spans(spans, len(text)):
+        known = isinstance(text, str) and author in texts and isinstance(spans, list)
+        if not known or not _fit(spans, len(text)):
             detail = "expected text, spans [[start, end], ...] within it, author student or teacher"
             problems.append(Problem("malformed annotation", row.origin, detail))
         else:
@@ -124,8 +125,9 @@ def given(path: str) -> dict[Author, list[Annotated]]:
     return texts
 
 
-def _is_spans(spans: Any, length: int) -> bool:
-    return isinstance(spans, list) and all(
+def _fit(spans: Any, length: int) -> bool:
+    """Return whether a list is one of pairs of places in a text."""
+    return all(
         isinstance(span, list)
         and len(span) == 2
         and all(isinstance(place, int) for place in span)

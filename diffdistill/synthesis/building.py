@@ -87,14 +87,14 @@ class Workshop:
 
     def revisions(self) -> dict[str, str]:
         """Return a hash of what each model was read from; of a server, its model's name."""
-        found = {}
+        found = dict[str, str]()
         for author, writer in self.writers.items():
             family = writer.family
             if isinstance(family, Server):
                 found[author] = f"{family.path} {family.model or ''}".strip()
             else:
                 found[author] = identity(family.folder)
-        return dict(found)
+        return found
 
 
 def open_workshop(config: RunConfig, device: torch.device) -> Workshop:
@@ -143,8 +143,9 @@ def writer_of(
     """
     built: Any = build_family(family, device)
     given = {name: text for name, text in (layout or {}).items() if text is not None}
+    marks: dict[str, Any] = {"opens": settings.opens, "closes": settings.closes, **given}
     parts: dict[str, Any] = {
-        "format": Format(settings.opens, settings.closes, tuple(settings.ends))._replace(**given),
+        "format": Format(**marks, ends=tuple(settings.ends)),
         "sampling": Sampling(1, settings.temperature, settings.top_p, settings.top_k),
         "draws": Draws(settings.seed),
     }
@@ -153,7 +154,8 @@ def writer_of(
         read = Questions(built, built, asking)
         return LocalWriter(family=built, network=network, read=read, **parts)
     if isinstance(built, Server):
-        return ServedWriter(family=built, read=Questions(built, built, asking), **parts)
+        reads: Any = built  # of which only the tokenizer is asked
+        return ServedWriter(family=built, read=Questions(reads, built, asking), **parts)
     raise UserError(
         f"family {family['name']} does not write token by token: take causal-lm or server"
     )

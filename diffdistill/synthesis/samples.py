@@ -117,7 +117,7 @@ def row_of(
 
 
 def _authors(found: Written) -> set[str]:
-    return {span.author for span in found.spans} - {"template"}
+    return {span.author for span in found.spans if span.author != "template"}
 
 
 def _tokens(found: Written, student: Writer) -> dict[str, int]:
