@@ -17,7 +17,7 @@ from diffdistill.config import RunConfig, load_config
 from diffdistill.draws import Draws
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce"
-NAMES = ("tip", "many_faces", "opsd", "atesd", "sdar", "cliff", "egx")
+NAMES = ("tip", "many_faces", "opsd", "atesd", "sdar", "cliff", "egx", "tessy")
 OWN = ("collecting", "arithmetic_runs", "tide", *NAMES)
 
 

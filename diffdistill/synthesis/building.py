@@ -66,7 +66,7 @@ class Workshop:
         """Yield the questions that both models can be asked.
 
         Args:
-            count: How many; None is all.
+            count: How many at most; None is all.
 
         Raises:
             UserError: If they cannot be read, or there is none.
@@ -78,7 +78,7 @@ class Workshop:
         found = read_questions(data, Path(), problems)
         usable = (e for e in found if all(reader.usable(e) for reader in readers))
         empty = True
-        for example in islice(usable, count if count is not None else data.max_examples):
+        for example in islice(usable, count):
             empty = False
             yield example
         settle(problems, data.on_error)
