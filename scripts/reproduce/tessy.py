@@ -1,6 +1,6 @@
 """Does SFT on another style's teacher hurt a student, and data written together not (TESSY)?
 
-`arithmetic-words-teacher` is mostly right, and writes words where `arithmetic-student` writes signs.
+`arithmetic-words-teacher` is mostly right, and writes words where `arithmetic-student` has signs.
 Each arm writes answers to the same questions in its way (TESSY, arXiv:2604.14164, its baselines and
 the ablation with the teacher's final answer), and trains the student on them by plain SFT. Boundary
 predictors are made once, from a rule.
@@ -88,8 +88,8 @@ STUDY = Study(
     title="Data written together (TESSY) on arithmetic",
     about="SFT on answers that were written in several ways by the student and by "
     "`arithmetic-words-teacher`, which writes its scratchpad in another style; on the data's own "
-    f"solutions, which are in the student's style, for comparison. {EPOCHS} times over all answers, "
-    "which are written anew for each seed.",
+    f"solutions, which are in the student's style, for comparison. {EPOCHS} times over all of them; "
+    "answers are written anew for each seed.",
     arms=ARMS,
     against={"teacher-only": ARMS, "student-only": ["best-of-n", "teacher-only", "tessy"]},
     shown=SHOWN,
@@ -146,8 +146,8 @@ def predictor_table() -> list[str]:
         "",
         "## The boundary predictors",
         "",
-        f"Learned from the rule that numbers are capability (`{report['fit']['pattern']}` is style), "
-        "on both models' scratchpads; labels that are right, of segments held out.",
+        f"Learned from the rule that numbers are capability (`{report['fit']['pattern']}` is "
+        "style), on both models' scratchpads; labels that are right, of segments held out.",
         "",
         *header(["segments", "right", "the most frequent label"]),
         *(
