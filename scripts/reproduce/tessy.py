@@ -88,7 +88,7 @@ STUDY = Study(
     title="Data written together (TESSY) on arithmetic",
     about="SFT on answers that were written in several ways by the student and by "
     "`arithmetic-words-teacher`, which writes its scratchpad in another style; on the data's own "
-    f"solutions, which are in the student's style, for comparison. {EPOCHS} times over all of them; "
+    f"solutions, which are in the student's style, for comparison. {EPOCHS} times over all; "
     "answers are written anew for each seed.",
     arms=ARMS,
     against={"teacher-only": ARMS, "student-only": ["best-of-n", "teacher-only", "tessy"]},
