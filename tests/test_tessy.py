@@ -51,12 +51,12 @@ def values_of(folder: Path) -> dict[str, Any]:
             "student_step": 4,
             "teacher_step": 3,
             "boundary": "extend",
-            "ends": ["e", "#"],
-            "max_tokens": 400,
-            "temperature": 0.5,
+            "ends": ["a", "e", "s", "0"],
+            "max_tokens": 128,
+            "temperature": 1.0,
             "top_p": 0.9,
             "top_k": 0,
-            "retries": 1,
+            "retries": 5,
             "batch_size": 2,
             "num_samples": 2,
             "fit": {
@@ -104,7 +104,7 @@ def check_row(row: dict[str, Any]) -> None:
     assert ends[-1] == len(content)
     assert spans[0]["author"] == "template"
     assert set(row["revisions"]) == {s["author"] for s in spans} - {"template"}
-    assert row["tokens"]["student"] > 0
+    assert row["tokens"]["student"] + row["tokens"]["teacher"] > 0
 
 
 def test_samples_are_written_counted_and_learned(
@@ -185,7 +185,8 @@ def test_baselines_are_by_who_they_are_called_after_and_need_no_predictors(
     assert len(rows) == 4
     for row in rows:
         check_row(row)
-        assert set(row["revisions"]) == authors
+        assert set(row["revisions"]) <= authors
+    assert {author for row in rows for author in row["revisions"]} == authors
 
 
 def test_every_other_sample_of_a_mix_is_by_the_teacher(config: str, tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_samples_that_fail_are_told_apart_and_not_tried_for_ever(
     world: Path, tmp_path: Path
 ) -> None:
     config, file = str(world / "config.yaml"), tmp_path / "written.jsonl"
-    with pytest.raises(UserError, match="no sample was finished: the thinking is too long"):
+    with pytest.raises(UserError, match=r"no sample was finished: .*the thinking is too long"):
         tessy.write(config, output=file, overrides=["tessy.max_tokens=3"])
     failed = rows_in(tmp_path / "written-failed.jsonl")
     assert sorted(row["number"] for row in failed) == list(range(8))
