@@ -52,7 +52,7 @@ def values_of(folder: Path) -> dict[str, Any]:
             "teacher_step": 3,
             "boundary": "extend",
             "ends": ["a", "e", "s", "0"],
-            "max_tokens": 128,
+            "max_tokens": 96,
             "temperature": 1.0,
             "top_p": 0.9,
             "top_k": 0,
@@ -180,6 +180,7 @@ def test_baselines_are_by_who_they_are_called_after_and_need_no_predictors(
 ) -> None:
     file = tmp_path / "written.jsonl"
     changes = [f"tessy.mode={mode}", "tessy.predictors=null", "tessy.num_samples=1"]
+    changes += ["tessy.num_candidates=2"]
     tessy.write(config, output=file, overrides=changes)
     rows = rows_in(file)
     assert len(rows) == 4

@@ -112,7 +112,8 @@ def given(path: str) -> dict[Author, list[Annotated]]:
     texts: dict[Author, list[Annotated]] = {"student": [], "teacher": []}
     file = Path(path).expanduser()
     for row in read_table(file, problems) if file.suffix == ".jsonl" else ():
-        text, spans, author = (row.values.get(key) for key in ("text", "spans", "author"))
+        values: dict[str, Any] = {key: row.values.get(key) for key in ("text", "spans", "author")}
+        text, spans, author = values["text"], values["spans"], values["author"]
         known = isinstance(text, str) and author in texts and isinstance(spans, list)
         if not known or not _fit(spans, len(text)):
             detail = "expected text, spans [[start, end], ...] within it, author student or teacher"
