@@ -2,6 +2,7 @@
 
 TESTS = {
     "diffdistill/alignment.py": "test_alignment.py",
+    "diffdistill/boundaries.py": "test_boundaries.py",
     "diffdistill/estimators.py": "test_estimators.py",
     "diffdistill/exposures.py": "test_exposures.py",
     "diffdistill/extrapolation.py": "test_extrapolation.py",
@@ -13,6 +14,7 @@ TESTS = {
     "diffdistill/policy.py": "test_policy.py",
     "diffdistill/selection.py": "test_selection.py",
     "diffdistill/supports.py": "test_supports.py",
+    "diffdistill/synthesis/cooperation.py": "test_synthesis.py",
     "diffdistill/text/comparing.py": "test_method_opd.py test_method_egx.py",
     "diffdistill/text/egx.py": "test_method_egx.py",
     "diffdistill/text/exposed.py": "test_method_egx.py",
@@ -25,6 +27,36 @@ TESTS = {
 }
 
 FAULTS = [
+    (
+        "text: boundary labels not shifted",
+        "diffdistill/boundaries.py",
+        "[*map(int, styles[1:]), IGNORED][: len(styles)]",
+        "[*map(int, styles[:-1]), IGNORED][: len(styles)]",
+    ),
+    (
+        "text: an author's first token may be cut",
+        "diffdistill/boundaries.py",
+        "offsets[index][0] > start and",
+        "offsets[index][0] >= start and",
+    ),
+    (
+        "text: half a marker of the other author's is overlooked",
+        "diffdistill/boundaries.py",
+        "max(0, since - len(end) + 1)",
+        "since",
+    ),
+    (
+        "text: authors change where nothing was cut",
+        "diffdistill/synthesis/cooperation.py",
+        "        elif truncated:",
+        "        elif True:",
+    ),
+    (
+        "text: the teacher's predictor is asked for style",
+        "diffdistill/synthesis/cooperation.py",
+        'author == "student")',
+        'author != "student")',
+    ),
     (
         "text: chunks not hidden whole",
         "diffdistill/hiding.py",
