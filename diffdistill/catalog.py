@@ -39,6 +39,7 @@ METHODS = {
     "sdtt": "diffdistill.methods.sdtt:SDTT",
     "self-forcing": "diffdistill.methods.self_forcing:SelfForcing",
     "sft": "diffdistill.methods.sft:SFT",
+    "sft-answers": "diffdistill.text.sft_answers:AnswerSFT",
     "stream-r1": "diffdistill.methods.stream_r1:StreamR1",
     "switch-kd": "diffdistill.text.switch_kd:SwitchKD",
     "text-gold": "diffdistill.methods.text_uld:TextGOLD",

@@ -18,6 +18,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+tessy = typer.Typer(
+    help="Let a student and a teacher write data together.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(tessy, name="tessy")
+
 ConfigName = Annotated[str, typer.Argument(help="A YAML file, or a bundled name: d-opsd/digits.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, such as train.steps=100.")
@@ -388,6 +396,34 @@ def convert(
 
     text = command(model, output, to=to, mask_token=mask_token, dtype=dtype, revision=revision)
     typer.echo(text)
+
+
+@tessy.command("fit-predictors")
+def fit_predictors(
+    config: ConfigName,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder; tessy.predictors where not given.")
+    ] = None,
+) -> None:
+    """Learn where style and capability meet in what student and teacher think."""
+    from diffdistill.commands.tessy import fit
+
+    typer.echo(fit(config, output=output, overrides=overrides or []))
+
+
+@tessy.command("write")
+def write(
+    config: ConfigName,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The JSON lines file; data.path where not given.")
+    ] = None,
+) -> None:
+    """Write answers to train on; what is there already is kept, and not written again."""
+    from diffdistill.commands.tessy import write as command
+
+    typer.echo(command(config, output=output, overrides=overrides or []))
 
 
 @app.command("list")

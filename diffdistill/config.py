@@ -33,6 +33,7 @@ from diffdistill.role_settings import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 from diffdistill.shadow import ShadowSettings
+from diffdistill.tessy_settings import FitSettings, TessySettings
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -119,6 +120,7 @@ class RunConfig:
     rewards: list[dict[str, Any]] = field(default_factory=list)
     engine: dict[str, Any] = field(default_factory=dict)
     provenance: ProvenanceSettings = field(default_factory=ProvenanceSettings)
+    tessy: TessySettings | None = None
 
     @property
     def pictures(self) -> SampleSettings:
@@ -245,6 +247,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     elif "average" in given_roles:
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
     evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
+    sections["tessy"] = _tessy(values.get("tessy"), f"{origin}: tessy")
     rewards = _rewards(values.get("rewards"), origin)
     engine = _engine(values.get("engine"), cls.kind(), origin)
     return RunConfig(
@@ -268,6 +271,20 @@ def _engine(given: Any, kind: Kind, origin: str) -> dict[str, Any]:
     return _named(
         {"engine": {"name": given} if isinstance(given, str) else given}, "engine", origin
     )
+
+
+def _tessy(given: Any, origin: str) -> TessySettings | None:
+    """Return the checked section ``tessy``; None where there is none."""
+    if given is None:
+        return None
+    values = _section(given, origin)
+    fit = _section(values.get("fit"), f"{origin}.fit")
+    for part, name in ((values, "teacher"), (fit, "model")):
+        if part.get(name):
+            part[name] = _named(part, "family", origin, name)
+    values["fit"] = parse(FitSettings, fit, f"{origin}.fit")
+    settings: TessySettings = parse(TessySettings, values, origin)
+    return settings
 
 
 def _rewards(given: Any, origin: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from diffdistill import catalog
 from diffdistill.bundled import bundled
 from diffdistill.config import RunConfig
+from diffdistill.data.settings import DataSettings
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.method import Kind, Method
@@ -311,16 +312,7 @@ def _read_by_causal(
     Raises:
         UserError: If the families cannot read them together.
     """
-    data, name = config.data, config.method["name"]
-    asking = Asking(
-        student_prompt=data.student_prompt,
-        teacher_prompt=data.teacher_prompt,
-        student_thinking=data.student_thinking,
-        teacher_thinking=data.teacher_thinking,
-        max_prompt=data.max_prompt,
-        max_answer=data.max_answer,
-        skip=data.on_error == "skip",
-    )
+    name, asking = config.method["name"], asking_of(config.data)
     if not catalog.load("method", name).given:
         kind = PictureQuestions if isinstance(family, VLM) else Questions
         assert isinstance(teacher, TokenFamily)
@@ -330,6 +322,19 @@ def _read_by_causal(
     if not isinstance(teacher, CausalLM):
         raise UserError(f"method {name} needs a teacher of family causal-lm")
     return CausalPair(family, teacher, reading, asking=asking)
+
+
+def asking_of(data: DataSettings) -> Asking:
+    """Return how questions are put, as the section ``data`` says."""
+    return Asking(
+        student_prompt=data.student_prompt,
+        teacher_prompt=data.teacher_prompt,
+        student_thinking=data.student_thinking,
+        teacher_thinking=data.teacher_thinking,
+        max_prompt=data.max_prompt,
+        max_answer=data.max_answer,
+        skip=data.on_error == "skip",
+    )
 
 
 def _check_frozen(config: RunConfig) -> None:

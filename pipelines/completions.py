@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines.json_server import JsonServer, Refused
+from diffdistill.rollouts import Sampling
 
 Protocol = Literal["vllm", "sglang", "openai"]
 
@@ -147,6 +148,28 @@ class Completions:
             raise self._otherwise(f"{type(error).__name__} in its answer") from None
         return [token for token, _ in pairs], [value for _, value in pairs]
 
+    def written(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> tuple[str, bool]:
+        """Return what the server writes after a prompt, and whether it ended it.
+
+        Raises:
+            UserError: If it does not say.
+        """
+        body = {
+            "model": self.model,
+            "prompt": list(prompt),
+            **PLAIN,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "seed": seed,
+        }
+        choice = self._first(self.server.post("/completions", body))
+        text, reason = choice.get("text"), choice.get("finish_reason")
+        if not isinstance(text, str) or reason not in ("stop", "length"):
+            raise self._otherwise("no text, or no reason why it ends")
+        return text, reason == "stop"
+
     # protocols
 
     def _vllm(self, tokens: Sequence[int], count: int) -> list[Judged]:
@@ -190,7 +213,9 @@ class Completions:
     def _choice(self, asked: Mapping[str, Any], tokens: Sequence[int]) -> Mapping[str, Any]:
         """Return the completion of tokens; one is written, as some servers refuse to write none."""
         body = {"model": self.model, "prompt": list(tokens), "max_tokens": 1, **PLAIN, **asked}
-        told = self.server.post("/completions", body)
+        return self._first(self.server.post("/completions", body))
+
+    def _first(self, told: Any) -> Mapping[str, Any]:
         try:
             choice: Mapping[str, Any] = told["choices"][0]
         except (LookupError, TypeError):

@@ -1,5 +1,6 @@
 """The family ``server``: a teacher that another process serves, such as vLLM or SGLang."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffdistill.pipelines.completions import Completions, Protocol
 from diffdistill.pipelines.prompts import bare_prompts
 from diffdistill.pipelines.reaching import Reaching, is_address, model_at
 from diffdistill.pipelines.token_family import TokenFamily
+from diffdistill.rollouts import Sampling
 from diffdistill.supports import TopK
 from diffdistill.types import Condition, State
 
@@ -125,6 +127,10 @@ class Server(Reaching, TokenFamily):
             logprobs[index, :length] = torch.tensor(row.logprobs).view(-1, self.top_k)
             own[index, :length] = torch.tensor(row.tokens)
         return TopK(*(found.to(state.x.device) for found in (ids, logprobs, own)))
+
+    def written(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> tuple[str, bool]:
+        """Return what the server writes after a prompt, and whether it ended it."""
+        return self._completions.written(prompt, sampling, seed)
 
     def token_id(self, text: str) -> int:
         """Return the id of the one token that is spelled so.

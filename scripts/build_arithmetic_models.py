@@ -1,12 +1,14 @@
-"""Builds the arithmetic models of samples/models: a student that is often wrong, and a teacher.
+"""Builds the arithmetic models of samples/models: a student that is often wrong, and teachers.
 
-Both are autoregressive Qwen3 models with one tokenizer of single bytes, trained from random weights
+All are autoregressive Qwen3 models with one tokenizer of single bytes, trained from random weights
 on worked solutions (``diffdistill.evaluation.arithmetic``), and on copying from a solution that
 the question shows in part, so that a model can be its own teacher. How good they are is by design:
-training ends where sampled answers are right as often as the recipe says.
+training ends where sampled answers are right as often as the recipe says. The second teacher writes
+its scratchpad in another style than the student, with words in place of signs, and can go on with
+one that was begun in signs.
 
-    python scripts/build_arithmetic_models.py                 # both, two processes of one thread
-    python scripts/build_arithmetic_models.py --only student  # keep the teacher
+    python scripts/build_arithmetic_models.py                 # all, two processes of one thread
+    python scripts/build_arithmetic_models.py --only student  # keep the teachers
     python scripts/build_arithmetic_models.py --quick         # a smoke run
 """
 
@@ -19,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from build_text_models import BLOCK, CPU, Optimizers, Rows, attention_in_float32, rows_of, save
@@ -29,18 +31,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from diffdistill.evaluation.arithmetic import LEVELS, Problem, problems, read_question
+from diffdistill.evaluation.arithmetic import LEVELS, Problem, problems, read_question, worded
 from diffdistill.exposures import reveal
 from diffdistill.rewards.boxed import Boxed
 from diffdistill.rewards.json_answer import JsonAnswer
 from diffdistill.types import Example
 
-PARTS = ("teacher", "student")
+PARTS = ("teacher", "words-teacher", "student")
 """The longest first."""
 PRIVILEGED = "{question}\n{solution}"
 """What a teacher is asked that is shown a solution, or a part of it."""
 EXPOSURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_TOKENS = 96
+"""Of an answer in signs; one in words is at most twice as long."""
 GROUPS = 4
 """Batches of like lengths in a step; more would be more alike than the steps are."""
 NUM_SAMPLES = 4
@@ -70,6 +73,8 @@ class Recipe:
         measure_every: Steps from one measurement to the next.
         malformed: The share of the JSON answers to learn from that break the format.
         revealed: The share of questions that show a part of the solution.
+        style: Of scratchpads, with signs or words between the numbers.
+        begun: The share of answers in words that go on with a scratchpad begun in signs.
         tokens: Of a step, padding included.
         pool: Different problems to learn from, about.
         checked: Problems of a measurement.
@@ -88,6 +93,8 @@ class Recipe:
     measure_every: int
     malformed: float
     revealed: float
+    style: Literal["signs", "words"] = "signs"
+    begun: float = 0.3
     tokens: int = 4096
     pool: int = 40_000
     checked: int = 180
@@ -95,6 +102,25 @@ class Recipe:
     matrix_rate: float = 0.012
     other_rate: float = 1e-2
     seed: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest answer."""
+        return MAX_TOKENS * (2 if self.style == "words" else 1)
+
+
+class Lesson(NamedTuple):
+    """What is to be learned.
+
+    Attributes:
+        question: The question, with what it shows of the solution.
+        answer: What is learned.
+        given: How the answer begins, which is not learned.
+    """
+
+    question: str
+    answer: str
+    given: str = ""
 
 
 RECIPES = {
@@ -119,6 +145,19 @@ RECIPES = {
         measure_every=50,
         malformed=0.03,
         revealed=0.1,
+    ),
+    "words-teacher": Recipe(
+        hidden=128,
+        layers=4,
+        heads=4,
+        inner=352,
+        goal=0.9,
+        steps=1200,
+        measure_every=50,
+        malformed=0.03,
+        revealed=0.0,
+        style="words",
+        tokens=6144,
     ),
 }
 
@@ -184,20 +223,35 @@ def malformed(problem: Problem, generator: random.Random) -> str:
     return generator.choice(lines)
 
 
-def lessons(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield questions and the answers to learn.
+def lessons(recipe: Recipe) -> Iterator[Lesson]:
+    """Yield what to learn.
 
     Some questions show a part of the solution; of the others with JSON, some answers break the
     format.
     """
     generator = random.Random(recipe.seed + 1)
     for problem in islice(problems(recipe.seed + 2), recipe.pool):
+        question, solution = asked(problem), problem.solution
         if generator.random() < recipe.revealed:
-            yield asked(problem, generator.choice(EXPOSURES)), problem.solution
+            question = asked(problem, generator.choice(EXPOSURES))
         elif problem.format == "json" and generator.random() < recipe.malformed:
-            yield asked(problem), "\n".join([*problem.steps, malformed(problem, generator)])
+            solution = "\n".join([*problem.steps, malformed(problem, generator)])
+        if recipe.style == "signs":
+            yield Lesson(question, solution)
         else:
-            yield asked(problem), problem.solution
+            yield in_words(question, solution, recipe, generator)
+
+
+def in_words(question: str, solution: str, recipe: Recipe, generator: random.Random) -> Lesson:
+    """A solution in words; or, where its beginning is given in signs, in words from the next line.
+
+    So the teacher never begins in signs, and never breaks off a line in them.
+    """
+    if generator.random() >= recipe.begun:
+        return Lesson(question, worded(solution))
+    cut = generator.randrange(1, solution.rindex("\n"))
+    line, end, later = solution[cut:].partition("\n")
+    return Lesson(question, line + end + worded(later), solution[:cut])
 
 
 def prompts_of(questions: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -212,14 +266,16 @@ def losses(
     network: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
-    pairs: Sequence[tuple[str, str]],
+    learned: Sequence[Lesson],
 ) -> Iterator[Tensor]:
-    """Yield the loss of the next token, of answers alone, of one batch of pairs after the other.
+    """Yield the loss of the next token, of answers alone, of one batch after the other.
 
     Their shapes are few, which torch keeps what it prepares for.
     """
-    prompts = tokenizer(prompts_of([question for question, _ in pairs], tokenizer))["input_ids"]
-    answers = tokenizer([answer + tokenizer.eos_token for _, answer in pairs])["input_ids"]
+    begun = prompts_of([lesson.question for lesson in learned], tokenizer)
+    begun = [prompt + lesson.given for prompt, lesson in zip(begun, learned, strict=True)]
+    prompts = tokenizer(begun)["input_ids"]
+    answers = tokenizer([lesson.answer + tokenizer.eos_token for lesson in learned])["input_ids"]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     for numbers in Rows(lengths, recipe.tokens // GROUPS, recipe.seed + 3):
         longest = -(-max(lengths[number] for number in numbers) // BLOCK) * BLOCK
@@ -237,10 +293,21 @@ def written(
     network: Any,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[str],
+    begun: Sequence[str] = (),
     *,
     seed: int | None,
+    max_tokens: int,
 ) -> tuple[list[str], list[int]]:
-    """The answers to questions and how many tokens each has; greedy ones without a seed."""
+    """The answers to questions and how many tokens each has; greedy ones without a seed.
+
+    Args:
+        network: The model.
+        tokenizer: Its tokenizer.
+        questions: What is asked.
+        begun: How each answer begins, which is no part of what is returned.
+        seed: Of sampled answers.
+        max_tokens: Of an answer.
+    """
     texts, sizes = list[str](), list[int]()
     how: dict[str, Any] = {"do_sample": False}
     if seed is not None:
@@ -248,8 +315,11 @@ def written(
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(questions), BATCH):
         prompts = prompts_of(questions[start : start + BATCH], tokenizer)
+        if begun:
+            pairs = zip(prompts, begun[start : start + BATCH], strict=True)
+            prompts = [prompt + given for prompt, given in pairs]
         inputs = tokenizer(prompts, padding=True, return_tensors="pt")
-        found = network.generate(**inputs, max_new_tokens=MAX_TOKENS, **how)
+        found = network.generate(**inputs, max_new_tokens=max_tokens, **how)
         answers = found[:, inputs["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
         sizes += answers.ne(tokenizer.pad_token_id).sum(1).tolist()
@@ -270,9 +340,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 class Skill(NamedTuple):
-    """Something to learn: questions with their answers, and problems that are asked to measure."""
+    """Something to learn, and problems that are asked to measure."""
 
-    lessons: Sequence[tuple[str, str]]
+    lessons: Sequence[Lesson]
     checked: Sequence[Any]
 
 
@@ -310,8 +380,8 @@ def train(
             continue
         for key, skill in skills.items():
             questions = [problem.question for problem in skill.checked]
-            model, seed = averaged.module.eval(), recipe.seed + number
-            texts, _ = written(model, tokenizer, questions, seed=seed)
+            how = {"seed": recipe.seed + number, "max_tokens": recipe.max_tokens}
+            texts, _ = written(averaged.module.eval(), tokenizer, questions, **how)
             reached[key] = mean(right(texts, skill.checked))
         seconds = time.perf_counter() - start
         accuracies = ", ".join(f"{key} {value:.3f}" for key, value in reached.items())
@@ -325,8 +395,15 @@ def train(
     return averaged.module.eval(), number, min(reached.values())
 
 
-def measure(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """What a saved model does with held-out questions: numbers by row and column of a table."""
+def measure(folder: Path, count: int, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """What a saved model does with held-out questions: numbers by row and column of a table.
+
+    Args:
+        folder: Where it is.
+        count: Questions of each format.
+        recipe: Of the model.
+    """
+    most = recipe.max_tokens
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     network = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     table: dict[str, dict[str, float]] = {level: {} for level in (*LEVELS, "all")}
@@ -334,20 +411,25 @@ def measure(folder: Path, count: int) -> dict[str, dict[str, float]]:
         rows = rows_of(f"arithmetic-{name}.jsonl")[:count]
         chosen = [read_question(row["messages"][0]["content"]) for row in rows]
         questions = [problem.question for problem in chosen]
-        texts, _ = written(network, tokenizer, questions, seed=None)
+        texts, _ = written(network, tokenizer, questions, seed=None, max_tokens=most)
         add_levels(table, f"{style}, greedy", right(texts, chosen), chosen)
         many = [problem for problem in chosen for _ in range(NUM_SAMPLES)]
-        texts, sizes = written(network, tokenizer, [p.question for p in many], seed=0)
+        again = [problem.question for problem in many]
+        texts, sizes = written(network, tokenizer, again, seed=0, max_tokens=most)
         add_levels(table, f"{style}, mean@{NUM_SAMPLES}", right(texts, many), many)
         table["all"] |= {
             f"{style}, parse rate": JUDGES[style].parses(texts).float().mean().item(),
             f"{style}, tokens": mean(sizes),
-            f"{style}, ended": mean([float(size < MAX_TOKENS) for size in sizes]),
+            f"{style}, ended": mean([float(size < most) for size in sizes]),
         }
-        for exposure in EXPOSURES:
+        for exposure in EXPOSURES if recipe.revealed else ():
             shown = [asked(problem, exposure) for problem in chosen]
-            texts, _ = written(network, tokenizer, shown, seed=None)
+            texts, _ = written(network, tokenizer, shown, seed=None, max_tokens=most)
             table["all"][f"{style}, exposure {exposure}"] = mean(right(texts, chosen))
+        if recipe.style == "words":
+            given = [problem.solution[: len(problem.solution) // 2] for problem in chosen]
+            texts, _ = written(network, tokenizer, questions, given, seed=None, max_tokens=most)
+            table["all"][f"{style}, begun in signs"] = mean(right(texts, chosen))
     return table
 
 
@@ -390,8 +472,7 @@ How good it is is by design, not all that it could be:
   questions with a box were right: the recipe says {goal:.0%}, or {steps} steps;
 - {malformed:.0%} of the JSON answers that it learned from break the format, each in one of four
   ways, so that there is a parse rate to gain;
-- {revealed:.0%} of the questions that it learned from show a part of the solution and its final
-  answer, after a line break, so that it can be its own teacher. Their answers are all well formed.
+- {seen}
 
 ## Measured
 
@@ -401,13 +482,26 @@ sampled at temperature 1.
 
 {levels}
 
-Of the sampled answers, and, greedy, the share of right ones where the question shows a share of the
-solution's lines (exposure) and its final answer:
+Of the sampled answers, and, greedy, the share of right ones where {where}:
 
 {rows}
 """
 
+SEEN = {
+    "signs": "{revealed:.0%} of the questions that it learned from show a part of the solution and "
+    "its final\n  answer, after a line break, so that it can be its own teacher. Their answers are "
+    "all well formed.",
+    "words": "{begun:.0%} of the answers that it learned from go on with one that is begun in "
+    "signs, and from the\n  next line on in words, so that it can take part in what the student "
+    "writes.",
+}
+WHERE = {
+    "signs": "the question shows a share of the\nsolution's lines (exposure) and its final answer",
+    "words": "the first half of the\nsolution is given in signs",
+}
 WHAT = {
+    "words-teacher": "mostly right, with words in place of the signs that\n"
+    "[arithmetic-student](../arithmetic-student/README.md) writes (`8 and 4 and 0 make 12`)",
     "student": "wrong more often than right: what distillation starts from",
     "teacher": "mostly right: what [arithmetic-student](../arithmetic-student/README.md) can learn "
     "from",
@@ -425,7 +519,7 @@ def level_table(table: Mapping[str, Mapping[str, float]]) -> str:
 
 def write_card(folder: Path, part: str, recipe: Recipe, count: int, known: dict[str, Any]) -> None:
     """Measures a saved model, and writes its card."""
-    table = measure(folder, count)
+    table = measure(folder, count, recipe)
     columns = table[LEVELS[0]]
     rest = {name: value for name, value in table["all"].items() if name not in columns}
     for name, value in table["all"].items():
@@ -435,6 +529,8 @@ def write_card(folder: Path, part: str, recipe: Recipe, count: int, known: dict[
         **known,
         name=folder.name,
         what=WHAT[part],
+        seen=SEEN[recipe.style].format(**asdict(recipe)),
+        where=WHERE[recipe.style],
         count=count,
         samples=NUM_SAMPLES,
         levels=level_table(table),

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from build_arithmetic_models import (
+    MAX_TOKENS,
     NUM_SAMPLES,
     RECIPES,
+    Lesson,
     Recipe,
     Skill,
     build_tokenizer,
@@ -88,8 +90,8 @@ def skill(name: str, recipe: Recipe) -> Skill:
     """What is learned of a skill, and what is asked to measure it."""
     make, _ = SKILLS[name]
     learned = islice(make(recipe.seed + 2), recipe.pool)
-    pairs = [(problem.question, problem.solution) for problem in learned]
-    return Skill(pairs, list(islice(make(recipe.seed + 4), recipe.checked)))
+    lessons = [Lesson(problem.question, problem.solution) for problem in learned]
+    return Skill(lessons, list(islice(make(recipe.seed + 4), recipe.checked)))
 
 
 def measure(folder: Path, count: int) -> dict[str, list[float]]:
@@ -102,7 +104,8 @@ def measure(folder: Path, count: int) -> dict[str, list[float]]:
         chosen = [read(row["messages"][0]["content"]) for row in rows]
         for repeats, seed in ((1, None), (NUM_SAMPLES, 0)):
             many = [problem for problem in chosen for _ in range(repeats)]
-            texts, _ = written(network, tokenizer, [p.question for p in many], seed=seed)
+            how: dict[str, Any] = {"seed": seed, "max_tokens": MAX_TOKENS}
+            texts, _ = written(network, tokenizer, [p.question for p in many], **how)
             scores = list(zip(right(texts, many), many, strict=True))
             for key in (name, *sorted({problem.level for problem in chosen})):
                 of = [value for value, problem in scores if key in (name, problem.level)]

@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "exopd": {"guard": "relative", "contract_probability": 0.01},
     "atesd": {"hold": 2, "lookahead": 2, "num_decisions": 2},
     "egx": {"num_answers": 2, "reward_weight": 0.5, "hold": 2, "lookahead": 2},
+    "sft-answers": {},
 }
 
 
@@ -33,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def values_of(world: Path, name: str, **sections: Any) -> dict[str, Any]:
-    options = METHODS[name] | {"max_tokens": 6}
+    options = METHODS[name] | ({} if name == "sft-answers" else {"max_tokens": 6})
     if name in ("opsd", "atesd"):
         options |= {"top_k": 0, "top_p": 1.0}
     return answer_values(
@@ -75,7 +76,7 @@ def test_a_run_goes_on_exactly(name: str, world: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["opd", "grpo"])
+@pytest.mark.parametrize("name", ["opd", "grpo", "sft-answers"])
 def test_two_micro_batches_of_two_take_the_step_of_one_of_four(
     name: str, world: Path, tmp_path: Path
 ) -> None:

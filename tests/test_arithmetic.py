@@ -19,6 +19,7 @@ from diffdistill.evaluation.arithmetic import (
     is_held_out,
     problems,
     read_question,
+    worded,
 )
 from diffdistill.rewards.boxed import Boxed
 from diffdistill.rewards.json_answer import JsonAnswer
@@ -134,6 +135,20 @@ def test_problems_depend_on_the_seed_and_nothing_else_and_levels_come_alike() ->
     boxed = sum(problem.format == "box" for problem in first)
     assert 390 < boxed < 510
     assert len(set(distinct(problems(0, levels=("mul-2x1",)), 500))) == 500
+
+
+def test_a_scratchpad_in_words_has_the_same_numbers_and_no_sign() -> None:
+    assert worded("8+4+0=12\n7*2+8+0=22\n") == (
+        "8 and 4 and 0 make 12\n7 times 2 and 8 and 0 make 22\n"
+    )
+    seen = set()
+    for problem in islice(problems(2), 200):
+        text = worded(problem.solution)
+        assert re.findall(r"\d+", text) == re.findall(r"\d+", problem.solution)
+        assert not set("+*=") & set(text)
+        assert text.split("\n")[-1] == problem.last_line
+        seen.add(text)
+    assert len(seen) > 150
 
 
 def test_a_question_is_read_back() -> None:

@@ -15,7 +15,13 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffdistill.evaluation.arithmetic import LEVELS, is_held_out, problems, read_question
+from diffdistill.evaluation.arithmetic import (
+    LEVELS,
+    is_held_out,
+    problems,
+    read_question,
+    worded,
+)
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.byte_spans import Speller
 from diffdistill.pipelines.chats import chat_row, read_chat
@@ -81,7 +87,8 @@ def test_lessons_are_of_problems_for_training_and_as_often_malformed_as_the_reci
     boxed, strict = Boxed(device=CPU), JsonAnswer(device=CPU)
     counts = {"shown": 0, "json": 0, "malformed": 0}
     endings = set()
-    for question, answer in builder.lessons(recipe):
+    for question, answer, begun in builder.lessons(recipe):
+        assert begun == ""
         first, _, shown = question.partition("\n")
         problem = read_question(first)
         assert not is_held_out(problem)
@@ -106,6 +113,28 @@ def test_lessons_are_of_problems_for_training_and_as_often_malformed_as_the_reci
     assert endings == {"{answer: N}", "{'answer': N}", '{"answer": N', '{"answer": N}.'}
 
 
+def test_an_answer_in_words_may_be_begun_in_signs_and_goes_on_in_words_from_the_next_line(
+    builder: ModuleType, tiny: Any
+) -> None:
+    recipe = replace(tiny, pool=900, malformed=0.0, revealed=0.0, style="words", begun=0.3)
+    lessons = list(builder.lessons(recipe))
+    begun = [lesson for lesson in lessons if lesson.given]
+    assert len(begun) / 900 == pytest.approx(0.3, abs=0.05)
+    for question, answer, given in lessons:
+        problem = read_question(question)
+        assert problem.solution.startswith(given)
+        line, _, later = answer.partition("\n")
+        rest = problem.solution[len(given) :].partition("\n")[2]
+        if given:
+            assert (given + line).split("\n") == problem.steps[: given.count("\n") + 1]
+            assert later == worded(rest)
+        else:
+            assert answer == worded(problem.solution)
+        assert answer.endswith(problem.last_line)
+        assert len(answer) < recipe.max_tokens
+    assert any(lesson.answer.startswith("\n") for lesson in begun)
+
+
 def test_what_is_shown_grows_with_exposure_and_always_has_the_answer(builder: ModuleType) -> None:
     for problem in islice(problems(1), 30):
         shown = [builder.asked(problem, exposure) for exposure in builder.EXPOSURES]
@@ -118,18 +147,20 @@ def test_what_is_shown_grows_with_exposure_and_always_has_the_answer(builder: Mo
         assert builder.asked(problem) == problem.question
 
 
-def test_only_the_tokens_of_answers_count(builder: ModuleType, tiny: Any) -> None:
+@pytest.mark.parametrize("style", ["signs", "words"])
+def test_only_the_tokens_of_answers_count(builder: ModuleType, tiny: Any, style: Any) -> None:
+    tiny = replace(tiny, style=style)
     tokenizer = builder.build_tokenizer()
     network = builder.build_network(tiny, tokenizer).eval()
     lengths = []
     pairs = list(builder.lessons(tiny))
-    for question, answer in pairs:
-        prompt = builder.prompts_of([question], tokenizer)[0]
+    for question, answer, given in pairs:
+        prompt = builder.prompts_of([question], tokenizer)[0] + given
         lengths.append(len(tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]))
     numbers = next(iter(builder.Rows(lengths, tiny.tokens // builder.GROUPS, tiny.seed + 3)))
     nats, count = 0.0, 0
-    for question, answer in (pairs[number] for number in numbers):
-        prompt = builder.prompts_of([question], tokenizer)[0]
+    for question, answer, given in (pairs[number] for number in numbers):
+        prompt = builder.prompts_of([question], tokenizer)[0] + given
         ids = tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]
         start = len(ids) - len(answer) - 1
         with torch.no_grad():
@@ -173,7 +204,9 @@ def test_a_model_is_built_saved_measured_and_described(
     monkeypatch.setattr(builder, "MAX_TOKENS", 4)
     monkeypatch.setattr(builder, "EXPOSURES", (0.5,))
     for part in builder.PARTS:
-        assert part in builder.build(part, tmp_path, replace(tiny, steps=1), 9)
+        style = builder.RECIPES[part].style
+        recipe = replace(tiny, steps=1, style=style, revealed=0.0 if style == "words" else 0.3)
+        assert part in builder.build(part, tmp_path, recipe, 9)
     spoken = set()
     for part in builder.PARTS:
         folder = tmp_path / f"arithmetic-{part}"
@@ -182,23 +215,32 @@ def test_a_model_is_built_saved_measured_and_described(
         assert network.dtype == torch.float16
         assert tokenizer.chat_template == builder.TEMPLATE
         spoken.add(json.dumps(tokenizer.get_vocab(), sort_keys=True))
-        texts, sizes = builder.written(network.float(), tokenizer, ["1+1 box"] * 2, seed=None)
+        texts, sizes = builder.written(
+            network.float(), tokenizer, ["1+1 box"] * 2, seed=None, max_tokens=4
+        )
         assert texts[0] == texts[1]
         assert max(sizes) <= 4
+        ended = builder.written(network, tokenizer, ["1+1 box"], ["1+1"], seed=None, max_tokens=4)
+        assert ended != builder.written(
+            network, tokenizer, ["1+1 box"], ["8+7"], seed=None, max_tokens=4
+        )
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert all(f"| {level} |" in card for level in (*LEVELS, "all"))
         assert "{" not in card.replace("\\boxed{", "")
-        assert "| json, exposure 0.5 |" in card
+        assert ("| json, exposure 0.5 |" in card) == (part != "words-teacher")
+        assert ("| json, begun in signs |" in card) == (part == "words-teacher")
     assert len(spoken) == 1
 
 
-def test_both_models_fit_in_fifteen_megabytes(builder: ModuleType) -> None:
+def test_all_models_fit_in_fifteen_megabytes(builder: ModuleType) -> None:
     tokenizer = builder.build_tokenizer()
-    student, teacher = (
+    student, words_teacher, teacher = (
         sum(w.numel() for w in builder.build_network(builder.RECIPES[part], tokenizer).parameters())
-        for part in ("student", "teacher")
+        for part in ("student", "words-teacher", "teacher")
     )
+    assert student < words_teacher < teacher
+    assert 2 * words_teacher < 3e6
     assert 3 * student < teacher
-    assert 2 * (student + teacher) < 14e6
-    goals = [builder.RECIPES[part].goal for part in ("student", "teacher")]
+    assert 2 * (student + words_teacher + teacher) < 14e6
+    goals = [builder.RECIPES[part].goal for part in ("student", "words-teacher")]
     assert 0.2 < goals[0] < 0.5 < goals[1] < 1

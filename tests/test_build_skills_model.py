@@ -36,12 +36,12 @@ def tiny(builder: ModuleType) -> Any:
 def test_lessons_are_of_both_skills_and_not_held_out(builder: ModuleType, tiny: Any) -> None:
     sums, edits = (builder.skill(name, tiny) for name in ("arithmetic", "editing"))
     assert len(sums.lessons) == len(edits.lessons) == 60
-    for question, answer in sums.lessons:
+    for question, answer, _ in sums.lessons:
         problem = arithmetic.read_question(question)
         assert problem.format == "box"
         assert answer == problem.solution
         assert not arithmetic.is_held_out(problem)
-    for question, answer in edits.lessons:
+    for question, answer, _ in edits.lessons:
         assert answer == editing.read_question(question).solution
         assert not editing.is_held_out(editing.read_question(question))
     assert not set(sums.checked) & set(edits.checked)

@@ -26,9 +26,11 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_of_the_docs_parses_and_its_config_is_valid(page: Path) -> None:
     group = typer.main.get_command(app)
-    for name, *arguments in commands(page):
-        command = group.commands[name]  # type: ignore[attr-defined]
-        context = command.make_context(name, _resume_alone(arguments))
+    for words in commands(page):
+        command, arguments = group.commands[words[0]], words[1:]  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):  # a group, such as tessy
+            command, arguments = command.commands[arguments[0]], arguments[1:]
+        context = command.make_context(words[0], _resume_alone(arguments))
         config = context.params.get("config") or context.params.get("source")
         if config in bundled_configs():
             load_config(config, context.params.get("overrides") or [])

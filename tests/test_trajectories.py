@@ -117,6 +117,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"student": LORA, "teacher": {"weights": "ema", "decay": 0.9}},
         {"right": 1.0, "support_size": 10, **REWARDED},
     ),
+    "sft-answers": ({"student": LORA}, {}),
 }
 """Of methods for answers: on tiny autoregressive models, in fewer steps."""
 
@@ -177,7 +178,7 @@ def run(name: str, folder: Path) -> dict[str, list[float]]:
         roles = make_given_roles(family, settings)
     elif name in ANSWERS:
         family, roles = answer_roles(folder, settings)
-        options = {"max_tokens": 6} | options
+        options = ({} if name == "sft-answers" else {"max_tokens": 6}) | options
     else:
         family = make_family(folder / "wan") if streams else make_toy(shift=2.0)
         roles = make_roles(family, **settings)

@@ -113,6 +113,8 @@ class TinyServer:
         tokens = body["prompt"]
         text = (self.echo or self.tokenizer.decode(tokens)) if body.get("echo") else ""
         choice: dict[str, Any] = {"index": 0, "text": text + "!", "finish_reason": "length"}
+        if body.get("max_tokens", 1) > 1:
+            choice |= self.continued(tokens, body["max_tokens"])
         if (count := body.get("prompt_logprobs")) is not None:
             rows = self.judged(tokens, count, body)
             described = [
@@ -139,6 +141,20 @@ class TinyServer:
                 ],
             }
         return {"object": "text_completion", "choices": [choice]}
+
+    @torch.no_grad()
+    def continued(self, tokens: Sequence[int], count: int) -> dict[str, Any]:
+        """Return what is most likely to follow, and why it ends."""
+        found: list[int] = []
+        while len(found) < count:
+            with self.lock:
+                logits = self.network(input_ids=torch.tensor([[*tokens, *found]])).logits
+            token = int(logits[0, -1, : len(self.tokenizer)].argmax())
+            if token == self.tokenizer.eos_token_id:
+                break
+            found.append(token)
+        reason = "stop" if len(found) < count else "length"
+        return {"text": self.tokenizer.decode(found), "finish_reason": reason}
 
     def generate(self, body: Any) -> Any:
         tokens, start = body["input_ids"], body["logprob_start_len"]

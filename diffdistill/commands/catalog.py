@@ -19,6 +19,7 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings, TextEvaluateSettings
 from diffdistill.role_settings import RoleSettings
+from diffdistill.tessy_settings import FitSettings, TessySettings
 
 KINDS = {"methods": "method", "families": "family", "rewards": "reward", "engines": "engine"}
 
@@ -62,6 +63,8 @@ def json_schema() -> str:
     properties["roles"] = {"type": "object", "additionalProperties": role}
     evaluate = (EvaluateSettings, TextEvaluateSettings, AnswerEvaluateSettings)
     properties["evaluate"] = {"anyOf": [_schema(cls) for cls in evaluate]}
+    properties["tessy"] = _schema(TessySettings)
+    properties["tessy"]["properties"]["fit"] = _schema(FitSettings)
     own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
     reward = {"anyOf": [{"type": "string"}, *named, own]}

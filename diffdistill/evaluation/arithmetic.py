@@ -17,6 +17,11 @@ answer, in a box or as a JSON object. Everything is ours.
 Where the second factor has two digits, its second partial product is added to what is written
 already, which is the second term: no result exceeds 9 * 9 + 9 + 9 = 99. The rows that ship with the
 package were made by `scripts/make_arithmetic_data.py`.
+
+The same steps can be written in another style, with words in place of signs (``worded``): the
+numbers, and their order, are the same.
+
+    8 and 4 and 0 make 12
 """
 
 import hashlib
@@ -31,6 +36,8 @@ FORMATS: tuple[Format, ...] = ("box", "json")
 LEVELS = ("add-2", "add-3", "add-4", "add-5", "mul-2x1", "mul-3x1", "mul-4x1", "mul-2x2", "mul-3x2")
 """Digits of both summands, or of the two factors."""
 HELD_OUT_EVERY = 9
+WORDS = {"+": " and ", "*": " times ", "=": " make "}
+"""What stands for each sign in the other style."""
 
 
 class Problem(NamedTuple):
@@ -93,6 +100,16 @@ class Problem(NamedTuple):
 def final_line(answer: str, style: Format) -> str:
     """Return an answer in a format."""
     return f"\\boxed{{{answer}}}" if style == "box" else f'{{"answer": {answer}}}'
+
+
+def worded(scratchpad: str) -> str:
+    """Return a scratchpad, or a part of it, with words in place of signs.
+
+    A last line stays as it is, whatever its format.
+    """
+    for sign, word in WORDS.items():
+        scratchpad = scratchpad.replace(sign, word)
+    return scratchpad
 
 
 def read_question(question: str) -> Problem:

@@ -86,12 +86,14 @@ class Amount:
         questions: In a box, and as many with JSON, on which a student is measured.
         checkpoints: That are kept of a run.
         judged: Of which of them entropy and divergences are.
+        max_tokens: Of an answer that is measured.
     """
 
     steps: int
     questions: int = 400
     checkpoints: int = 1
     judged: str = "box"
+    max_tokens: int = 96
 
 
 def asked(path: str, count: int) -> list[Example]:
@@ -111,6 +113,7 @@ class World:
         plain = [
             "method.temperature=1.0", "method.top_p=1.0", "method.top_k=0", "data.batch_size=64",
             "sample.temperature=1.0", f"sample.num_answers={NUM_ANSWERS}", "sample.batch_size=128",
+            f"sample.max_tokens={amount.max_tokens}", f"method.max_tokens={amount.max_tokens}",
         ]  # fmt: skip
         self.own = build(load_config("opsd/arithmetic", plain), CPU)
         other = build(load_config("opd/arithmetic"), CPU)
@@ -272,6 +275,8 @@ class Study:
         drawn: Panels of the figure.
         checkpoints: Kept of each run.
         judged: Problems that entropy and divergences are measured on.
+        questions: In a box, and as many with JSON, on which a student is measured.
+        max_tokens: Of an answer that is measured.
         extra: Measures more.
     """
 
@@ -285,6 +290,8 @@ class Study:
     drawn: Sequence[str] = DRAWN
     checkpoints: int = 1
     judged: str = "box"
+    questions: int = 400
+    max_tokens: int = 96
     extra: Extra | None = None
 
     @property
@@ -317,7 +324,7 @@ def options(study: Study, description: str) -> Options:
     parser.add_argument("--output", type=Path, default=study.folder)
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 seed, 2 steps")
     given = parser.parse_args()
-    amount = Amount(given.steps, checkpoints=study.checkpoints, judged=study.judged)
+    amount = Amount(given.steps, study.questions, study.checkpoints, study.judged, study.max_tokens)
     if given.quick:
         given.seeds, amount = 1, replace(amount, steps=2, questions=9)
     given.output.mkdir(parents=True, exist_ok=True)
@@ -325,8 +332,12 @@ def options(study: Study, description: str) -> Options:
     return Options(given.seeds, amount, given.workers, given.output)
 
 
-def measured(study: Study, given: Options) -> dict[str, Any]:
-    """Return all results; what is not on disk is run."""
+Runner = Callable[[Arm, Amount, Extra | None, int], dict[str, float]]
+"""Trains one student of an arm with a seed, and returns its measurements."""
+
+
+def measured(study: Study, given: Options, how: Runner = run) -> dict[str, Any]:
+    """Return all results; what is not on disk is run, as ``how`` does it."""
     amount, path = given.amount, given.results
     results = open_results(path, {"steps": amount.steps, "questions": amount.questions})
     if "undistilled" not in results:
@@ -334,7 +345,7 @@ def measured(study: Study, given: Options) -> dict[str, Any]:
         results["undistilled"] = world.measure(world.student)
         results["teacher"] = world.measure(world.teacher)
         save_results(path, results)
-    jobs = {name: partial(run, arm, amount, study.extra) for name, arm in study.arms.items()}
+    jobs = {name: partial(how, arm, amount, study.extra) for name, arm in study.arms.items()}
     collect(path, results, jobs, given.seeds, given.workers, study.shown)
     return results
 

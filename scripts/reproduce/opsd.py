@@ -18,7 +18,7 @@ from collecting import Arm, cell, header, row, save_results
 
 CONFIG = "opsd/arithmetic"
 ARMS = {
-    "SFT": Arm(CONFIG, ["method={name: 'answers_sft:SFT', max_tokens: 96}"]),
+    "SFT": Arm(CONFIG, ["method={name: sft-answers}"]),
     "GRPO": Arm("grpo/arithmetic", []),
     "OPSD": Arm(CONFIG, []),
     "entry clip 0.05": Arm(CONFIG, ["method.entry_clip=0.05"]),

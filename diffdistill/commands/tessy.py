@@ -1,0 +1,116 @@
+"""``diffdistill tessy``: data that a student and a teacher write together (arXiv:2604.14164)."""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffdistill.commands.sessions import render
+from diffdistill.config import load_config
+from diffdistill.errors import UserError
+from diffdistill.session import build_answer_reward, default_device
+from diffdistill.synthesis.building import Workshop, open_workshop
+from diffdistill.synthesis.fitting import fit_predictors
+from diffdistill.synthesis.samples import about, write_samples
+from diffdistill.synthesis.storing import Store
+from diffdistill.types import Example
+
+SAY_EVERY = 50
+"""Samples between two lines on the screen."""
+
+
+def fit(config: str, *, output: Path | None = None, overrides: Sequence[str] = ()) -> str:
+    """Make the boundary predictors of a config, and return how good they are.
+
+    Args:
+        config: A config with a section ``tessy``.
+        output: The folder; None is ``tessy.predictors``.
+        overrides: ``section.key=value`` changes of the config.
+
+    Raises:
+        UserError: If the config does not say how.
+    """
+    workshop = open_workshop(load_config(config, overrides), default_device())
+    if output is None:
+        if workshop.settings.predictors is None:
+            raise UserError("name a folder: --output, or tessy.predictors of the config")
+        output = Path(workshop.settings.predictors).expanduser()
+    found = fit_predictors(workshop, output, _say)
+    rows = [
+        [author, str(new.segments), f"{new.accuracy:.2%}", f"{new.majority:.2%}", str(new.epoch)]
+        for author, new in found.items()
+    ]
+    columns = ["predictor of", "segments", "labels right", "most frequent label", "best epoch"]
+    return f"{output}\n{render(columns, rows)}"
+
+
+def write(config: str, *, output: Path | None = None, overrides: Sequence[str] = ()) -> str:
+    """Write the samples of a config, and return what they are like.
+
+    What is in the output already is not written again.
+
+    Args:
+        config: A config with a section ``tessy``.
+        output: The JSON lines file; None is ``data.path``, where ``tessy.questions`` is another.
+        overrides: ``section.key=value`` changes of the config.
+
+    Raises:
+        UserError: If the config does not say how, or the output holds other samples.
+    """
+    checked = load_config(config, overrides)
+    workshop = open_workshop(checked, default_device())
+    if output is None:
+        if workshop.settings.questions is None or checked.data.path is None:
+            raise UserError(
+                "name a file: --output, or data.path of the config where tessy.questions is set"
+            )
+        output = Path(checked.data.path).expanduser()
+    store = Store.open(output, about(workshop))
+    if store.rows or store.failed:
+        _say(f"{len(store.rows) + len(store.failed)} samples are there already")
+    write_samples(workshop, store, lambda count: _say(f"{count} samples", count))
+    if not store.rows:
+        raise UserError(f"no sample was finished: {_reasons(store)}")
+    return _told(workshop, store)
+
+
+def _told(workshop: Workshop, store: Store) -> str:
+    rows = [store.rows[number] for number in sorted(store.rows)]
+    tokens = [row["tokens"] for row in rows]
+    numbers = {
+        "samples": float(len(rows)),
+        "tokens of a sample": statistics.fmean(count["total"] for count in tokens),
+        "share of the teacher's tokens": _share(tokens),
+        "parts of a sample": statistics.fmean(len(row["spans"]) for row in rows),
+        "right": _right(workshop, rows),
+        "failed": float(len(store.failed)),
+    }
+    shown = [[name, f"{value:.4g}"] for name, value in numbers.items() if value is not None]
+    lines = [str(store.path), render(["of what was written", "value"], shown)]
+    return "\n".join(lines + ([f"failed: {_reasons(store)}"] if store.failed else []))
+
+
+def _share(tokens: Sequence[dict[str, int]]) -> float:
+    teacher, student = (sum(count[side] for count in tokens) for side in ("teacher", "student"))
+    return teacher / max(1, teacher + student)
+
+
+def _right(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the mean reward of what was written; None where nothing verifies it."""
+    if not workshop.config.rewards or not all("answer" in row for row in rows):
+        return None
+    reward = build_answer_reward(workshop.config, workshop.device)
+    examples = [Example("", answer=str(row["answer"])) for row in rows]
+    texts = [row["messages"][-1]["content"] for row in rows]
+    return reward.score(texts, examples).mean().item()
+
+
+def _reasons(store: Store) -> str:
+    reasons = sorted({row["why"] for row in store.failed.values()})
+    return "; ".join(reasons) or "there was nothing to write"
+
+
+def _say(text: str, count: int = 0) -> None:
+    if count % SAY_EVERY == 0:
+        print(text, file=sys.stderr, flush=True)
