@@ -24,7 +24,7 @@ from diffdistill.provenance.sources import (
     describe_source,
     local_copy,
 )
-from diffdistill.provenance.terms import check_stated, enforce, obligations
+from diffdistill.provenance.terms import check_stated, enforce, obligations, table
 from diffdistill.roles import Role
 from diffdistill.runs import versions
 from diffdistill.session import Session, resolve_model
@@ -70,6 +70,7 @@ def record_of(
         },
     }
     record["obligations"] = obligations(record, config.provenance)
+    record["terms_table"] = {"version": table().version, "compiled": table().compiled}
     return record
 
 
@@ -126,7 +127,8 @@ def exported(
         "weights_sha256": dict(weights),
     }
     new = {**record, "result": made}
-    return {**new, "obligations": obligations(new, chosen, name)}
+    judged = {"version": table().version, "compiled": table().compiled}
+    return {**new, "obligations": obligations(new, chosen, name), "terms_table": judged}
 
 
 def _model(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def test_a_record_says_what_the_models_are_by_their_hashes(world: Path) -> None:
     )  # fmt: skip
     assert record["data"][0]["sha256"] == hashing.file_sha256(world / "questions.jsonl")
     assert re.fullmatch("[0-9a-f]{64}", record["method"]["config_sha256"])
+    assert record["terms_table"] == {"version": table().version, "compiled": table().compiled}
     assert torch.__version__.startswith(record["environment"]["packages"]["torch"])
 
 
@@ -199,6 +200,8 @@ def test_an_exported_file_and_a_pipelines_transformer_carry_their_past(
     (tmp_path / "two" / "transformer").mkdir(parents=True)
     shutil.copy(weights, tmp_path / "two" / "transformer" / "w.safetensors")
     (tmp_path / "two" / "provenance.json").write_text(record)
+    (tmp_path / "one" / "provenance.json").write_text('{"_type": "of another tool"}')
+    assert "upstream" not in describe_model("one", tmp_path / "one", None, hashed=True)
     for place in (tmp_path / "one" / "x.safetensors", tmp_path / "two" / "transformer"):
         entry = describe_model(str(place), place, None, hashed=True)
         assert entry["as_recorded"] is True

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from diffdistill.provenance.files import beside_file, open_record, read_record
+from diffdistill.provenance.files import RECORD, beside_file, past_record
 from diffdistill.provenance.hashing import (
     data_sha256,
     file_sha256,
@@ -54,10 +54,8 @@ def describe_model(
 
 def _past(local: Path, folder: Path) -> dict[str, Any] | None:
     """Return the record of a model: beside its file, or in its folder; None where there is none."""
-    beside = beside_file(local)[0]
-    if local.is_file() and beside.is_file():
-        return open_record(beside)
-    return read_record(folder)
+    beside = past_record(beside_file(local)[0]) if local.is_file() else None
+    return past_record(folder / RECORD) if beside is None else beside
 
 
 def named(path: str) -> tuple[str, str]:
