@@ -24,7 +24,7 @@ from diffdistill.provenance.sources import (
     describe_source,
     local_copy,
 )
-from diffdistill.provenance.terms import check_stated, enforce, obligations, table
+from diffdistill.provenance.terms import check_stated, enforce, judged
 from diffdistill.roles import Role
 from diffdistill.runs import versions
 from diffdistill.session import Session, resolve_model
@@ -69,9 +69,7 @@ def record_of(
             "adapter": student.adapter is not None,
         },
     }
-    record["obligations"] = obligations(record, config.provenance)
-    record["terms_table"] = {"version": table().version, "compiled": table().compiled}
-    return record
+    return record | judged(record, config.provenance)
 
 
 def check_provenance(session: Session) -> str | None:
@@ -127,8 +125,7 @@ def exported(
         "weights_sha256": dict(weights),
     }
     new = {**record, "result": made}
-    judged = {"version": table().version, "compiled": table().compiled}
-    return {**new, "obligations": obligations(new, chosen, name), "terms_table": judged}
+    return new | judged(new, chosen, name)
 
 
 def _model(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:

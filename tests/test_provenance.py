@@ -421,6 +421,18 @@ def test_a_bill_is_cyclonedx_without_asking_the_net(
     assert {names[r] for r in on[past]} == {"student", "other", "questions.jsonl"}
 
 
+def test_a_bill_tells_the_role_of_each_judge_of_several(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bom, "_check", lambda text: None)  # slow, and of another test
+    record = open_record(world / "first")
+    record["judges"] = [model(role="reward", route="judge", id=name) for name in ("a", "b")]
+    subject = json.loads(bom.bill(record))["metadata"]["component"]
+    told = subject["modelCard"]["properties"]
+    refs = [p["value"] for p in told if p["name"] == "diffdistill:reward:judge"]
+    assert len(set(refs)) == 2
+
+
 def test_a_run_of_images_has_a_record_too(tmp_path: Path) -> None:
     values = toy_values(make_data(tmp_path / "data"), steps=2)
     train(parse_config(values), tmp_path / "run")

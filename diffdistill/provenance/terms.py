@@ -171,6 +171,14 @@ def obligations(
     return list(found.values())
 
 
+def judged(
+    record: Mapping[str, Any], settings: ProvenanceSettings, name: str | None = None
+) -> dict[str, Any]:
+    """Return the obligations of a record, and which table of terms they are from."""
+    version = {"version": table().version, "compiled": table().compiled}
+    return {"obligations": obligations(record, settings, name), "terms_table": version}
+
+
 def _asked(used: Used) -> Iterator[dict[str, Any]]:
     """Yield what the terms of one model ask for, of weights or of outputs as it was used."""
     model, hops, name = used.model, used.hops, terms_of(used.model)
