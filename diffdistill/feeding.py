@@ -65,6 +65,7 @@ def open_feed(
         return Feed(question_batches(session, pair, distributed))
     _check_packing(session)
     if isinstance(pair, TextRows) and data.streaming:
+        _check_asked_apart(session, distributed)
         return _streamed(session, pair, distributed)
     dataset = _open(session)
     encoded = _encoded(session, pair, dataset, output, distributed, say)
@@ -85,6 +86,26 @@ def _check_packing(session: Session) -> None:
             "data.packing is for masked diffusion: an autoregressive model would see one text "
             "from the next"
         )
+
+
+def _check_asked_apart(session: Session, distributed: Distributed) -> None:
+    """Refuse to ask a teacher about a stream where that would meddle with the student's training.
+
+    A thread makes the next batch meanwhile: adapters of a shared network would be switched under
+    the student, and ranks would call a sharded one in different order.
+    """
+    if not (isinstance(session.family, CausalPair) and session.family.annotator is not None):
+        return
+    teacher = session.roles["teacher"].network
+    for wrong, told in (
+        (any(role.network is teacher for role in session.roles.trained()), "shares its weights"),
+        (distributed.sharded, "is sharded"),
+    ):
+        if wrong:
+            raise UserError(
+                "data.streaming: the teacher is asked about texts while the student trains, and it "
+                f"{told}: set data.streaming: false"
+            )
 
 
 def _open(session: Session) -> Examples:

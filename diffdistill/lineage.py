@@ -14,18 +14,24 @@ from urllib.parse import urlsplit
 
 from diffdistill import catalog
 from diffdistill.data.dataset import resolve
+from diffdistill.data.questions import of_skills
 from diffdistill.pipelines.server import Server
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
-from diffdistill.provenance.sources import describe_data, describe_model, local_copy
-from diffdistill.provenance.terms import check_stated, enforce, obligations
+from diffdistill.provenance.sources import (
+    describe_file,
+    describe_model,
+    describe_source,
+    local_copy,
+)
+from diffdistill.provenance.terms import check_stated, enforce, judged
 from diffdistill.roles import Role
 from diffdistill.runs import versions
 from diffdistill.session import Session, resolve_model
 
 LIBRARIES = {"pictures": "diffusers", "texts": "transformers", "answers": "transformers"}
-PLAIN = re.compile(r"[\w.:+/-]{1,40}")
-"""What an option may look like to be recorded; a prompt does not."""
+PLAIN = re.compile(r"[\w.:+-][\w.:+/-]{0,39}")
+"""What an option may look like to be recorded; a prompt or a place of this machine does not."""
 
 
 def record_of(
@@ -63,8 +69,7 @@ def record_of(
             "adapter": student.adapter is not None,
         },
     }
-    record["obligations"] = obligations(record, config.provenance)
-    return record
+    return record | judged(record, config.provenance)
 
 
 def check_provenance(session: Session) -> str | None:
@@ -120,7 +125,7 @@ def exported(
         "weights_sha256": dict(weights),
     }
     new = {**record, "result": made}
-    return {**new, "obligations": obligations(new, chosen, name)}
+    return new | judged(new, chosen, name)
 
 
 def _model(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
@@ -134,10 +139,15 @@ def _model(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
     if stated := config.provenance.terms.get(role.name):
         entry["terms_stated"] = stated
     if isinstance(role.family, Server):
-        served = role.family.model
         host = urlsplit(role.family.path).hostname
-        return entry | {"id": served or "unnamed", "source": "server", "host": host}
+        return entry | {"id": _served(role.family.model), "source": "server", "host": host}
     return entry | _weights(session, role, hashed=hashed)
+
+
+def _served(model: str | None) -> str:
+    """Return what a server calls its model; of a path, as vLLM's names are, the last part."""
+    name = model or "unnamed"
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
 def _weights(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
@@ -156,8 +166,9 @@ def _route(session: Session, role: Role) -> str:
     """Return how a role takes part.
 
     ``init`` is what the student begins from. A teacher is the student itself, ``live``, as its
-    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training; or another
-    model, ``local`` or from the ``hub`` or ``bundled``, or behind a ``server``.
+    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training; or it is
+    ``trained`` beside it from the same weights (a critic, an expert); or it is another model,
+    ``local`` or from the ``hub`` or ``bundled``, or behind a ``server``.
     """
     settings, student = session.config.roles[role.name], session.roles["student"]
     if role is student:
@@ -167,6 +178,8 @@ def _route(session: Session, role: Role) -> str:
     if isinstance(role.family, Server):
         return "server"
     same = (settings.path, settings.family) == (session.config.roles["student"].path, None)
+    if same and settings.weights == "trained":
+        return "trained"
     if same:
         shared = role.network is student.network and student.adapter is not None
         return "adapter-off" if shared else "copy"
@@ -191,10 +204,13 @@ def _judge(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
 
 def _data(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
     data = session.config.data
-    if data.path is None and data.source is None:
-        return []
-    local = None if data.path is None else resolve(data.path, Path())
-    return [describe_data(data.path, local, data.source, data.split, hashed=hashed)]
+    found = []
+    for part in [*of_skills(data).values()] or [data]:
+        if part.path is not None:
+            found.append(describe_file(part.path, resolve(part.path, Path()), hashed=hashed))
+        elif part.source is not None:
+            found.append(describe_source(part.source, part.split, part.files, hashed=hashed))
+    return found
 
 
 def _method(session: Session) -> dict[str, Any]:

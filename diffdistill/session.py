@@ -159,7 +159,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
             getattr(network, "base_model", network).compile()
     method = _wire(config, read, roles, draws)
     add_heads(method, roles, config.train.seed)
-    if isinstance(read, CausalPair) and method.annotation():
+    if isinstance(read, CausalPair) and type(method).annotate is not Method.annotate:
         _check_frozen(config)
         read.annotator = method
     return Session(config, read, roles, method, draws, device)

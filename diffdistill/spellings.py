@@ -81,8 +81,11 @@ class Spellings:
 
     def __init__(self, pieces: Sequence[bytes | None], ends: Iterable[int]) -> None:
         """Take what each token id spells, None where nothing, and which ids end a text."""
-        self.pieces = [piece or b"" for piece in pieces]
         self.ends = frozenset(ends)
+        self.pieces = [
+            b"" if piece is None or token in self.ends else piece
+            for token, piece in enumerate(pieces)
+        ]
         ordered = sorted((piece, token) for token, piece in enumerate(self.pieces) if piece)
         self.tokens = np.array([token for _, token in ordered], dtype=np.int64)
         self._lengths = np.array([len(piece) for piece, _ in ordered])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -145,6 +146,24 @@ def test_each_token_spells_what_the_vocabulary_says(speller: Speller) -> None:
                 assert spelling.text[start:stop] == vocabulary[token]
                 known += 1
     assert known > 50
+
+
+@pytest.mark.parametrize("name", ["byte-level", "llama-like"])
+def test_added_words_that_are_not_special_spell_what_they_are(name: str) -> None:
+    core = SPELLERS[name]()
+    run = "\u2581\u2581" if name == "llama-like" else "  "
+    core.add_tokens(
+        [AddedToken(run, normalized=name == "byte-level"), AddedToken("o", lstrip=True)]
+    )
+    core.add_special_tokens(["<end>"])
+    vocabulary = Speller(core).vocabulary()
+    assert vocabulary[core.token_to_id(run)] == b"  "
+    assert vocabulary[core.token_to_id("<end>")] is None
+    assert vocabulary[core.token_to_id("o")] is None  # it may have spaces before it
+    speller = Speller(core)
+    spelling = check(speller, "the  the")
+    for token, (start, stop) in zip(spelling.tokens, spelling.spans, strict=True):
+        assert vocabulary[token] == spelling.text[start:stop]
 
 
 def test_a_character_over_several_tokens_is_parted_into_its_bytes() -> None:

@@ -12,6 +12,8 @@ from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
 from tests.answer_run import answer_values, save_answer_world
+from tests.given_run import save_given_world
+from tests.test_given_runs import given_values
 from tests.text_run import save_world, text_values
 from tests.tiny_streams import stream_values
 from tests.toy_run import losses, make_data, toy_values
@@ -166,6 +168,36 @@ def test_two_ranks_train_a_language_model_as_one_does(
     for name, value in one.items():
         if name.startswith("role"):
             torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "adapter"), [("ddp", "lora"), ("fsdp2-blocks", "none")])
+def test_byte_heads_are_trained_alike_on_two_ranks(mode: str, adapter: str, tmp_path: Path) -> None:
+    world = save_given_world(tmp_path / "world")
+    runs = {}
+    for name, batch_size in (("one", 4), ("two", 2)):
+        values = given_values(world, "bld", data={"batch_size": batch_size})
+        values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
+        values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
+        runs[name] = values
+    train(parse_config(runs["one"]), tmp_path / "one")
+    printed = two_ranks(mode, runs["two"], tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert any("head.layers" in name for name in one)
+    for name, value in one.items():
+        if name.startswith("role"):
+            torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_teacher_is_asked_about_no_stream(tmp_path: Path) -> None:
+    world = save_given_world(tmp_path / "world")
+    values = given_values(world, "bld", data={"streaming": True})
+    printed = two_ranks("fsdp2", values, tmp_path / "run")
+    assert "asked about texts while the student trains, and it is sharded" in printed
 
 
 @pytest.mark.slow

@@ -149,6 +149,14 @@ def test_bits_per_byte_are_those_of_each_models_own_tokens(world: Path, tmp_path
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("bld", {"data": {"packing": True}}, "data.packing is for masked diffusion"),
+    (
+        "bld",
+        {
+            "data": {"streaming": True},
+            "roles": {"student": LORA, "teacher": {"family": None}},
+        },
+        "the teacher is asked about texts while the student trains, and it shares its weights",
+    ),
     ("bld", {"family": {"max_length": 1}}, "max_length must be at least 2, not 1"),
     ("bld", {"method": {"threshold": 1}}, r"method bld: threshold must be in \[0, 1\)"),
     ("alm", {"method": {"temperature": 0}}, "method alm: temperature must be above 0"),

@@ -22,7 +22,7 @@ from diffdistill.provenance import bom, hashing
 from diffdistill.provenance.card import head, model_card
 from diffdistill.provenance.files import dumped, open_record
 from diffdistill.provenance.settings import ProvenanceSettings
-from diffdistill.provenance.sources import describe_model
+from diffdistill.provenance.sources import describe_model, describe_source
 from diffdistill.provenance.terms import enforce, models_of, obligations, table, terms_of
 from diffdistill.session import build
 from tests.answer_run import answer_values, save_answer_world
@@ -84,6 +84,7 @@ def test_a_record_says_what_the_models_are_by_their_hashes(world: Path) -> None:
     )  # fmt: skip
     assert record["data"][0]["sha256"] == hashing.file_sha256(world / "questions.jsonl")
     assert re.fullmatch("[0-9a-f]{64}", record["method"]["config_sha256"])
+    assert record["terms_table"] == {"version": table().version, "compiled": table().compiled}
     assert torch.__version__.startswith(record["environment"]["packages"]["torch"])
 
 
@@ -161,6 +162,52 @@ def test_a_teacher_that_is_the_student_says_by_which_route(world: Path, name: st
     assert [used.model["role"] for used in models_of(record)] == ["student"]
 
 
+def test_what_is_trained_beside_the_student_is_no_copy_of_it_and_each_skill_has_its_data(
+    world: Path,
+) -> None:
+    skills = {name: str(world / "questions.jsonl") for name in ("sums", "words")}
+    values = answer_values(world, data={"path": None, "skills": skills}, rewards="exact")
+    values["method"] = {"name": "copd", "num_answers": 2}
+    record = record_of(build(parse_config(values), CPU))
+    assert [(t["role"], t["route"]) for t in record["teachers"]] == [
+        ("sums", "trained"), ("words", "trained"),
+    ]  # fmt: skip
+    assert [used.model["role"] for used in models_of(record)] == ["student"]
+    assert [data["id"] for data in record["data"]] == ["questions.jsonl", "questions.jsonl"]
+    assert all(data["sha256"] for data in record["data"])
+
+
+def test_a_servers_name_of_a_model_and_a_source_of_data_tell_no_place(world: Path) -> None:
+    served = {"name": "server", "path": "http://localhost:1/v1", "model": str(world / "other")}
+    method = {"name": "opd", "support": "teacher", "support_size": 4}
+    record = made(world, roles={"teacher": {"family": served}}, method=method)
+    assert record["teachers"][0]["id"] == "other"
+    for source, files in ((str(world), None), ("json", [str(world / "questions.jsonl")])):
+        entry = describe_source(source, "train", files, hashed=True)
+        assert str(world.parent) not in json.dumps(entry)
+        assert re.search("[0-9a-f]{64}", json.dumps(entry))
+    assert describe_source("owner/set", "train", None, hashed=True)["id"] == "owner/set"
+
+
+def test_an_exported_file_and_a_pipelines_transformer_carry_their_past(
+    world: Path, tmp_path: Path
+) -> None:
+    weights = world / "Llama-tiny" / "model.safetensors"
+    record = dumped(open_record(world / "Llama-tiny"))
+    (tmp_path / "one").mkdir()
+    shutil.copy(weights, tmp_path / "one" / "x.safetensors")
+    (tmp_path / "one" / "x.provenance.json").write_text(record)
+    (tmp_path / "two" / "transformer").mkdir(parents=True)
+    shutil.copy(weights, tmp_path / "two" / "transformer" / "w.safetensors")
+    (tmp_path / "two" / "provenance.json").write_text(record)
+    (tmp_path / "one" / "provenance.json").write_text('{"_type": "of another tool"}')
+    assert "upstream" not in describe_model("one", tmp_path / "one", None, hashed=True)
+    for place in (tmp_path / "one" / "x.safetensors", tmp_path / "two" / "transformer"):
+        entry = describe_model(str(place), place, None, hashed=True)
+        assert entry["as_recorded"] is True
+        assert entry["upstream"]["result"]["name"] == "Llama-tiny"
+
+
 def test_a_server_is_recorded_by_host_and_model_without_its_key_or_address(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +271,9 @@ def model(**entry: Any) -> dict[str, Any]:
         ({"id": "Qwen/Qwen3-8B", "license": {"license": "gemma"}}, "gemma"),
         ({"terms_stated": "mit", "license": {"license": "gemma"}}, "mit"),
         ({"host": "api.deepseek.com", "id": "deepseek-chat"}, "deepseek-api"),
+        ({"host": "api.example.com", "id": "Qwen/Qwen3-8B"}, None),
+        ({"host": "10.0.0.7", "id": "Qwen/Qwen3-8B"}, "apache-2.0"),
+        ({"host": "localhost", "id": "Qwen/Qwen3-8B"}, "apache-2.0"),
         ({"license": {"license": "made-up"}}, None),
         ({"license": {"license": "other"}}, None),
     ],
@@ -369,6 +419,18 @@ def test_a_bill_is_cyclonedx_without_asking_the_net(
     [reference] = [r for r in on[bill["metadata"]["component"]["bom-ref"]] if r.startswith("model")]
     [past] = on[reference]
     assert {names[r] for r in on[past]} == {"student", "other", "questions.jsonl"}
+
+
+def test_a_bill_tells_the_role_of_each_judge_of_several(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bom, "_check", lambda text: None)  # slow, and of another test
+    record = open_record(world / "first")
+    record["judges"] = [model(role="reward", route="judge", id=name) for name in ("a", "b")]
+    subject = json.loads(bom.bill(record))["metadata"]["component"]
+    told = subject["modelCard"]["properties"]
+    refs = [p["value"] for p in told if p["name"] == "diffdistill:reward:judge"]
+    assert len(set(refs)) == 2
 
 
 def test_a_run_of_images_has_a_record_too(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"student": LORA, "teacher": {"weights": "frozen"}},
         {"hold": 2, "top_k": 0, "top_p": 1.0},
     ),
+    "copd": (
+        {"student": {"weights": "mean"}, "sums": LORA, "words": LORA},
+        {"rewarded_steps": 1, "shared_steps": 2, "watch_every": None, **REWARDED},
+    ),
     "egx": (
         {"student": LORA, "teacher": {"weights": "frozen"}, "reference": OTHER},
         {"reward_weight": 0.5, "hold": 2, "contract_probability": 0.1, **REWARDED},
@@ -118,6 +123,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"right": 1.0, "support_size": 10, **REWARDED},
     ),
     "sft-answers": ({"student": LORA}, {}),
+    "switch-kd": ({"student": LORA, "teacher": OTHER}, {"switch_weight": 0.0, "curve": 32}),
 }
 """Of methods for answers: on tiny autoregressive models, in fewer steps."""
 
@@ -139,18 +145,20 @@ def answer_roles(folder: Path, settings: dict[str, Any]) -> tuple[Questions, Rol
     return family, build_roles(parsed, family.student, seed=7)
 
 
-def question_batch(family: Questions, first_id: int) -> dict[str, Any]:
-    numbers = range(first_id, first_id + 3)
+def question_batch(family: Questions, first_id: int, skills: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a batch of questions; of skills, as many of each."""
+    numbers = range(first_id, first_id + 3 * max(len(skills), 1))
     examples = [
         Example(
             "",
             messages=({"role": "user", "content": f"what is {n}+{n}?"},),
             solution=f"{n}+{n}\nis\n\\boxed{{{2 * n}}}",
             answer=str(2 * n),
+            skill=skills[n % len(skills)] if skills else None,
         )
         for n in numbers
     ]
-    return family.collate(examples, list(numbers))
+    return family.collate(examples, list(numbers)) | {"skills": tuple(skills)}
 
 
 def batch_of(name: str, family: Any, step: int) -> dict[str, Any]:
@@ -160,7 +168,8 @@ def batch_of(name: str, family: Any, step: int) -> dict[str, Any]:
     if name in GIVEN:
         return given_batch(family, 3, first_id=3 * step)
     if name in ANSWERS:
-        return question_batch(family, 3 * step)
+        skills = ("sums", "words") if name == "copd" else ()
+        return question_batch(family, 3 * step * max(len(skills), 1), skills)
     if name in STREAMS:
         return stream_batch(1, first_id=step)
     return make_batch(3, seed=step, first_id=3 * step)
@@ -178,11 +187,13 @@ def run(name: str, folder: Path) -> dict[str, list[float]]:
         roles = make_given_roles(family, settings)
     elif name in ANSWERS:
         family, roles = answer_roles(folder, settings)
-        options = ({} if name == "sft-answers" else {"max_tokens": 6}) | options
+        options = ({} if name in ("sft-answers", "switch-kd") else {"max_tokens": 6}) | options
     else:
         family = make_family(folder / "wan") if streams else make_toy(shift=2.0)
         roles = make_roles(family, **settings)
-    players = {role: roles[role] for role in settings}
+    players: dict[str, Any] = {role: roles[role] for role in settings}
+    if name == "copd":
+        players = {"student": players.pop("student"), "peers": players}
     method = catalog.load("method", name)(family=family, draws=Draws(0), **players, **options)
     if name in GIVEN:
         add_heads(method, roles, seed=3)

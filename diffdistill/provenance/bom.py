@@ -74,10 +74,11 @@ def _result(
     sets = [_data(data, components) for data in record["data"]]
     told = {"method": method["name"], "config_sha256": method["config_sha256"]}
     on[ref] = [ancestor, *sets]
+    parts = []
     for model in record["teachers"] + record["judges"]:
         found = ancestor if model["route"] in SELF else _model(model, components, on)
         on[ref].append(found)
-        told[f"{model['role']}:{model['route']}"] = found
+        parts += _properties({f"{model['role']}:{model['route']}": found})
     told |= {f"obligation:{o['id']}": o["status"] for o in record["obligations"]}
     parameters = {"datasets": [{"ref": ref} for ref in sets]} if sets else {}
     component: dict[str, Any] = {
@@ -85,7 +86,7 @@ def _result(
         "bom-ref": ref,
         "name": result["name"],
         "pedigree": {"ancestors": [_plain(components[ancestor])]},
-        "modelCard": {"modelParameters": parameters, "properties": _properties(told)},
+        "modelCard": {"modelParameters": parameters, "properties": [*_properties(told), *parts]},
     }
     return component | _license_field(result["license"])
 

@@ -26,6 +26,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return _read(file) if file.is_file() else None
 
 
+def past_record(file: Path) -> dict[str, Any] | None:
+    """Return the record in a model's file; None where there is none, or it is another tool's.
+
+    Raises:
+        UserError: If it is damaged, or of a later version than this one.
+    """
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else None
+    except ValueError:
+        return _read(file)
+    ours = isinstance(found, dict) and {"schema_version", "student"} <= found.keys()
+    return _read(file) if ours else None
+
+
 def open_record(path: Path) -> dict[str, Any]:
     """Return the record of a run, a checkpoint, an export, or in a file.
 

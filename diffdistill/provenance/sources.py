@@ -1,7 +1,7 @@
 """What a checkpoint, file or hub id says about itself, as one entry of a record."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from diffdistill.provenance.files import read_record
+from diffdistill.provenance.files import RECORD, beside_file, past_record
 from diffdistill.provenance.hashing import (
     data_sha256,
     file_sha256,
@@ -40,13 +40,22 @@ def describe_model(
         entry["weights_sha256"] = weights_sha256(local)
         entry["tokenizer_sha256"] = tokenizer_sha256(local)
     folder = local if local.is_dir() else local.parent
+    if folder.name == "transformer":  # a part of a pipeline, which has card and record
+        folder = folder.parent
     entry["license"] = _license(folder)
-    if (past := read_record(folder)) is not None:
+    if (past := _past(local, folder)) is not None:
         entry["upstream"] = past
         made = past.get("result", {}).get("weights_sha256")
         if hashed and made:
-            entry["as_recorded"] = made == entry["weights_sha256"]
+            found = set(entry["weights_sha256"].values())
+            entry["as_recorded"] = found <= set(made.values())
     return entry
+
+
+def _past(local: Path, folder: Path) -> dict[str, Any] | None:
+    """Return the record of a model: beside its file, or in its folder; None where there is none."""
+    beside = past_record(beside_file(local)[0]) if local.is_file() else None
+    return past_record(folder / RECORD) if beside is None else beside
 
 
 def named(path: str) -> tuple[str, str]:
@@ -74,20 +83,31 @@ def local_copy(path: str, revision: str | None) -> Path | None:
         return None
 
 
-def describe_data(
-    path: str | None, local: Path | None, source: str | None, split: str, *, hashed: bool
-) -> dict[str, Any]:
-    """Return the entry of a data set: a file or folder, or what the library ``datasets`` reads."""
-    if path is None:
-        assert source is not None, "data have a path or a source"
-        on_hub = HUB_ID.fullmatch(source) is not None
-        entry: dict[str, Any] = {"id": source, "source": "hub" if on_hub else "datasets"}
-        entry["revision"] = _data_commit(source) if on_hub else None
-        return entry | {"split": split}
+def describe_file(path: str, local: Path, *, hashed: bool) -> dict[str, Any]:
+    """Return the entry of data in a file or folder, or bundled."""
     name, kind = named(path)
-    entry = {"id": name, "source": "local" if kind == "hub" else kind, "revision": None}
-    if hashed and local is not None and local.exists():
+    source = "bundled" if kind == "bundled" else "local"
+    entry: dict[str, Any] = {"id": name, "source": source, "revision": None}
+    if hashed and local.exists():
         entry["sha256"] = data_sha256(local)
+    return entry
+
+
+def describe_source(
+    source: str, split: str, files: Sequence[str] | None, *, hashed: bool
+) -> dict[str, Any]:
+    """Return the entry of what the library ``datasets`` reads: a hub id, a folder, or a builder.
+
+    The files that a builder is given are told by their last name, each with a hash.
+    """
+    name, kind = named(source) if "/" in source else (source, "datasets")
+    if kind == "local":
+        return {**describe_file(source, Path(source).expanduser(), hashed=hashed), "split": split}
+    revision = _data_commit(source) if kind == "hub" else None
+    entry: dict[str, Any] = {"id": name, "source": kind, "revision": revision, "split": split}
+    places = [Path(file).expanduser() for file in files or ()]
+    if hashed and places:
+        entry["files"] = {p.name: data_sha256(p) if p.exists() else None for p in places}
     return entry
 
 

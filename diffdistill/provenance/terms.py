@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,8 @@ from diffdistill.errors import UserError
 from diffdistill.provenance.settings import ProvenanceSettings
 
 Status = Literal["met", "acknowledged", "noted", "open", "unknown"]
-SELF = ("adapter-off", "copy", "ema", "live")
-"""Routes of a teacher that is the student itself, whose terms are the student's."""
+SELF = ("adapter-off", "copy", "ema", "live", "trained")
+"""Routes of a role with the student's own weights, or trained from them: its terms are theirs."""
 
 MADE = "made"
 """Source of what came from nowhere: a network of the toy family, a reward that is a rule."""
@@ -98,19 +99,28 @@ def check_stated(settings: ProvenanceSettings, roles: Sequence[str]) -> None:
 def terms_of(model: Mapping[str, Any]) -> str | None:
     """Return the name of the terms of a model, by the first of: stated, host, license, hub id.
 
-    None is unknown.
+    None is unknown. Somebody else's server has terms of its own, whatever model it says it has.
     """
     if stated := model.get("terms_stated"):
         return str(stated)
     entries, license_ = table().entries, model.get("license") or {}
     ids = {license_.get("license"), license_.get("license_name")} - {None, "other"}
+    own = "host" not in model or _is_private(model["host"] or "")
     asked = (
         lambda terms: model.get("host") in terms.hosts,
         lambda terms: bool(ids & set(terms.licenses)),
-        lambda terms: any(fnmatch(model["id"], pattern) for pattern in terms.models),
+        lambda terms: own and any(fnmatch(model["id"], pattern) for pattern in terms.models),
     )
     found = (name for rule in asked for name, terms in entries.items() if rule(terms))
     return next(found, None)
+
+
+def _is_private(host: str) -> bool:
+    """Return whether a host is this machine, or in a network of its own."""
+    try:
+        return ip_address(host).is_private
+    except ValueError:
+        return "." not in host
 
 
 class Used(NamedTuple):
@@ -159,6 +169,14 @@ def obligations(
     for item in found.values():
         item["status"] = _status(item, settings, settings.name or name)
     return list(found.values())
+
+
+def judged(
+    record: Mapping[str, Any], settings: ProvenanceSettings, name: str | None = None
+) -> dict[str, Any]:
+    """Return the obligations of a record, and which table of terms they are from."""
+    version = {"version": table().version, "compiled": table().compiled}
+    return {"obligations": obligations(record, settings, name), "terms_table": version}
 
 
 def _asked(used: Used) -> Iterator[dict[str, Any]]:
