@@ -141,8 +141,10 @@ def _model(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
 
 
 def _weights(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
-    """Return where a role's weights come from."""
+    """Return where a role's weights come from; those of a mean from where what it is of began."""
     config, settings = session.config, session.config.roles[role.name]
+    if settings.weights == "mean":
+        settings = config.roles[session.roles.trained()[0].name]
     family = settings.family or config.family
     path = settings.path or family.get("single_file") or family["path"]
     if not path:
@@ -156,14 +158,17 @@ def _route(session: Session, role: Role) -> str:
     """Return how a role takes part.
 
     ``init`` is what the student begins from. A teacher is the student itself, ``live``, as its
-    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training; or another
-    model, ``local`` or from the ``hub`` or ``bundled``, or behind a ``server``.
+    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training; or an
+    ``expert``, which the student is the mean of; or another model, ``local`` or from the ``hub`` or
+    ``bundled``, or behind a ``server``.
     """
     settings, student = session.config.roles[role.name], session.roles["student"]
     if role is student:
         return "init"
     if settings.weights in ("ema", "live"):
         return settings.weights
+    if role.trained and student.settings.weights == "mean":
+        return "expert"
     if isinstance(role.family, Server):
         return "server"
     same = (settings.path, settings.family) == (session.config.roles["student"].path, None)
@@ -190,11 +195,14 @@ def _judge(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
 
 
 def _data(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
+    """Return the entry of each data set: of the run's own, or of each of its skills."""
     data = session.config.data
-    if data.path is None and data.source is None:
-        return []
-    local = None if data.path is None else resolve(data.path, Path())
-    return [describe_data(data.path, local, data.source, data.split, hashed=hashed)]
+    found = []
+    for path in [*(data.skills or {}).values()] or [data.path]:
+        if path is not None or data.source is not None:
+            local = None if path is None else resolve(path, Path())
+            found.append(describe_data(path, local, data.source, data.split, hashed=hashed))
+    return found
 
 
 def _method(session: Session) -> dict[str, Any]:

@@ -161,6 +161,23 @@ def test_a_teacher_that_is_the_student_says_by_which_route(world: Path, name: st
     assert [used.model["role"] for used in models_of(record)] == ["student"]
 
 
+def test_experts_and_the_data_of_all_their_skills_are_recorded(world: Path) -> None:
+    other = str(world / "other")
+    skills = {name: str(world / "questions.jsonl") for name in ("sums", "words")}
+    values = answer_values(world, rewards="tests.answer_run:Length")
+    values["method"] = {"name": "copd", "num_answers": 2, "snapshot": "phase"}
+    values["data"] = {"batch_size": 2, "skills": skills}
+    values["roles"] = {name: {**LORA, "path": other} for name in skills}
+    record = record_of(build(parse_config(values), CPU))
+    routes = {model["role"]: model["route"] for model in record["teachers"]}
+    assert routes == {
+        "sums": "expert", "words": "expert", "sums-before": "ema", "words-before": "ema",
+    }  # fmt: skip
+    assert (record["student"]["id"], record["student"]["route"]) == ("other", "init")
+    assert [used.model["role"] for used in models_of(record)] == ["student"]
+    assert [entry["id"] for entry in record["data"]] == ["questions.jsonl"] * 2
+
+
 def test_a_server_is_recorded_by_host_and_model_without_its_key_or_address(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from diffdistill.errors import UserError
 from diffdistill.provenance.settings import ProvenanceSettings
 
 Status = Literal["met", "acknowledged", "noted", "open", "unknown"]
-SELF = ("adapter-off", "copy", "ema", "live")
+SELF = ("adapter-off", "copy", "ema", "live", "expert")
 """Routes of a teacher that is the student itself, whose terms are the student's."""
 
 MADE = "made"
