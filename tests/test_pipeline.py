@@ -191,6 +191,7 @@ def test_gates_hold_at_their_bounds_and_not_beyond() -> None:
     assert holds(0.5, 0.75, 0.5, 0.8) == [True, True, True]
     assert holds(0.5, 0.55, 0.51, 0.79) == [False, False, False]
     assert gates(StageSettings()) == []
+    assert gates(settings)[0].told() == "C1 not measured: gain >= 0.1"
 
 
 # which questions
@@ -218,6 +219,28 @@ def test_the_questions_of_a_run_are_those_that_it_was_asked(
     assert labelled_questions(build(parse_config(values), CPU), 6) == set()
     values = run_values(world, "opd", method={"on_policy_share": 0.5})
     assert len(labelled_questions(build(parse_config(values), CPU), 4)) == 4
+
+
+def test_given_texts_are_labels_and_other_pictures_are_other_questions(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "yes"}]}
+        for q in ("2+2?", "3+5?", "hello?")
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = {"path": str(tmp_path / "chats.jsonl")}
+    values = run_values(world, "grpo", method={"num_answers": 2}, data=data)
+    rewarded = build(parse_config(values), CPU)
+    values = {**values, "method": {"name": "text-sft"}, "rewards": None}
+    given = build(parse_config(values), CPU)
+    asked = {str(({"role": "user", "content": q},)) for q in ("2+2?", "3+5?", "hello?")}
+    assert labelled_questions(rewarded, 4) == labelled_questions(given, 4) == asked
+    assert len(labelled_questions(given, 2)) == 2
+    example = next(seen_questions(rewarded, 2))
+    seen = [example._replace(pictures=(picture,)) for picture in ("a", "b", "a")]  # type: ignore[arg-type]
+    monkeypatch.setattr("diffdistill.question_feed.seen_questions", lambda *_: iter(seen))
+    assert len(labelled_questions(rewarded, 3)) == 2
 
 
 # running
@@ -277,6 +300,24 @@ def test_what_is_done_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("diffdistill.commands.pipeline.train", refused)
     before = found_in(done)
     pipeline(str(done / "staged.yaml"), output=done / "out", arms=["all"])
+    assert found_in(done) == before
+
+
+def test_what_is_done_is_measured_again_where_other_measures_are_asked_for(
+    done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffdistill.commands.pipeline.train", None)
+    config, output = str(done / "staged.yaml"), done / "out"
+    before = found_in(done)
+    more = ["measure.num_answers=3", "measure.top_k=1", "stages.direct.least_gain=-100"]
+    pipeline(config, output=output, arms=["bridge", "direct"], overrides=more)
+    found = found_in(done)
+    [gate] = found["direct"]["stages"]["direct"]["gates"]
+    assert gate["holds"]
+    stages, old = (which["bridge"]["stages"] for which in (found, before))
+    assert stages["warm"]["score"] != old["warm"]["score"]
+    assert stages["bridge"]["closeness"]["overlap"] != old["bridge"]["closeness"]["overlap"]
+    pipeline(config, output=output, arms=["all"])
     assert found_in(done) == before
 
 
