@@ -237,6 +237,11 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
     given_roles = _section(values.get("roles"), f"{origin}: roles")
     skills = list(sections["data"].skills or {})
+    if skills and (cls.kind() != "answers" or cls.given):
+        raise UserError(
+            f"{origin}: data.skills is for methods that ask questions, not for {method['name']}: "
+            "set data.path"
+        )
     roles = _roles(_known_roles(cls, method, skills, origin), given_roles, origin)
     if sections["train"].ema is not None:
         train = sections["train"]

@@ -142,6 +142,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     others = _other_families(config, family, device)
     _check_quantized(config)
     _check_shadows(config, family)
+    _check_engine(config)
     read = _read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
@@ -376,6 +377,21 @@ def _check_shadows(config: RunConfig, family: ModelFamily) -> None:
             raise UserError(
                 f"roles.{name}.adapter: shadow is for language models on networks of transformers "
                 f"(causal-lm, bd3lm, mdlm), not for {config.family['name']}: use lora"
+            )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse an engine that cannot write with the adapter of a role that is trained."""
+    if not config.engine:
+        return
+    name = config.engine["name"]
+    able = catalog.load("engine", name).adapters
+    for role, chosen in config.roles.items():
+        kind = "dora" if chosen.dora else chosen.adapter
+        if chosen.weights == "trained" and kind not in ("none", *able):
+            raise UserError(
+                f"roles.{role}: engine {name} writes with whole networks and {' or '.join(able)}, "
+                f"not with {kind}: set engine: transformers"
             )
 
 

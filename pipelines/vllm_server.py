@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch import distributed as dist
@@ -52,6 +52,8 @@ class VllmServer(Reaching, Engine):
     folder: str | None = None
     timeout: float = 600.0
     concurrency: int = 64
+
+    adapters: ClassVar = ("lora",)
 
     def __post_init__(self) -> None:
         """Check the address and the options.

@@ -214,13 +214,18 @@ def test_weights_are_handed_over_once_and_one_folder_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == [handover.label]
 
 
-def test_adapters_that_vllm_cannot_run_are_refused(family: CausalLM, tmp_path: Path) -> None:
-    dora = build_roles({"student": RoleSettings(**LORA, dora=True)}, family)["student"]  # type: ignore[arg-type]
-    with (
-        pytest.raises(UserError, match="neither shadows nor DoRA"),
-        Handover(str(tmp_path)).written(family, dora),
-    ):
-        pass
+@pytest.mark.parametrize(
+    ("engine", "adapter"),
+    [("vllm", "dora"), ("vllm", "shadow"), ("vllm-server", "dora"), ("continuous", "shadow")],
+)
+def test_adapters_that_an_engine_cannot_run_are_refused_before_it_is_started(
+    engine: str, adapter: str, world: Path
+) -> None:
+    student = {**LORA, "dora": True} if adapter == "dora" else {"adapter": adapter}
+    values = answer_values(world, engine={"name": engine}, roles={"student": student})
+    with pytest.raises(UserError, match=f"student: engine {engine} .* not with {adapter}: set eng"):
+        build(parse_config(values), CPU)
+    build(parse_config(values | {"engine": "transformers"}), CPU)
 
 
 # vLLM in the process

@@ -283,6 +283,7 @@ def test_experts_that_teach_each_other_differ_from_those_that_do_not(
     apart, together = (tensors(tmp_path / name)["role-sums"] for name in ("apart", "together"))
     assert any((apart[name] != together[name]).any() for name in apart)
     lines = [json.loads(line) for line in (tmp_path / "together" / "metrics.jsonl").open()]
+    assert all(line["sampler_gap/sums"] < 1e-4 for line in lines)
     assert ["gap/sums" in line for line in lines] == [False, True, False, True]
     assert "symmetric_kl/words" in lines[0]
     assert lines[0]["symmetric_kl/words"] == pytest.approx(0.0, abs=1e-6)
@@ -406,6 +407,23 @@ def test_a_set_and_skills_are_alternatives_and_all_experts_are_of_one_form(
     values["roles"]["words"] = {"adapter": "lora", "rank": 3, "alpha": 4}
     with pytest.raises(UserError, match=r"roles.student: a mean is of trained roles with the same"):
         build(parse_config(values), CPU)
+
+
+def test_experts_do_not_judge_with_dropout(world: Path) -> None:
+    values = copd_values(world, LORA | {"dropout": 0.1})
+    with pytest.raises(UserError, match=r"roles.sums.dropout would make .* method.snapshot: phase"):
+        build(parse_config(values), CPU)
+    values["method"]["snapshot"] = "phase"
+    method = build(parse_config(values), CPU).method
+    assert isinstance(method, CoPD)
+    assert method.peers["sums-before"].settings.dropout == 0.0
+
+
+def test_only_methods_that_ask_questions_have_skills(world: Path) -> None:
+    for name in ("text-sft", "sft"):
+        values = {**copd_values(world), "method": {"name": name}, "roles": {}}
+        with pytest.raises(UserError, match=f"data.skills is for .*, not for {name}: set data"):
+            parse_config(values)
 
 
 @pytest.mark.parametrize(

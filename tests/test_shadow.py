@@ -411,6 +411,7 @@ def test_merging_is_refused_before_anything_has_changed(world: Path, tmp_path: P
     [
         ({"adapter": "shadow", "shadow": {"rnak": 1}}, r"student\.shadow\.rnak: unknown key"),
         ({"shadow": {"rank": 1}}, r"shadow is for adapter: shadow, and it is none"),
+        ({"adapter": "shadow", "dora": True}, r"dora is for adapter: lora, and it is shadow"),
         ({"adapter": "shadow", "targets": ["x"]}, r"targets is for adapter: lora"),
         ({"adapter": "shadow", "shadow": {"rank": 0}}, r"rank must be at least 1, not 0"),
         ({"adapter": "shadow", "shadow": {"dropout": 1.0}}, r"dropout must be in \[0, 1\)"),
