@@ -30,6 +30,7 @@ from diffdistill.pipelines.token_family import TokenFamily
 from diffdistill.pipelines.vlm import VLM
 from diffdistill.protocols import Reward
 from diffdistill.roles import Roles, RoleSettings, build_roles, enable_checkpointing
+from diffdistill.skill_rewards import SkillRewards
 from diffdistill.text.comparing import Comparing
 from diffdistill.text.exposed import Exposed
 from diffdistill.text.extrapolating import Extrapolating
@@ -417,12 +418,17 @@ def build_reward(config: RunConfig, device: torch.device) -> Reward:
 
 
 def build_answer_reward(config: RunConfig, device: torch.device) -> AnswerReward:
-    """Return the judge of answers of ``config``'s ``rewards``.
+    """Return the judge of answers of ``config``'s ``rewards``; those of skills are one.
 
     Raises:
-        UserError: If there is none, or more than one.
+        UserError: If there is none, or more than one without a skill.
     """
-    (kind, options), *others = _rewards(config, device)
+    found = _rewards(config, device)
+    skills = [settings.get("skill") for settings in config.rewards]
+    if all(skills):
+        made = {s: kind(**options) for s, (kind, options) in zip(skills, found, strict=True)}
+        return SkillRewards(device=device, rewards=made)
+    (kind, options), *others = found
     if others:
         raise UserError(
             f"rewards: method {config.method['name']} takes one, and here are {1 + len(others)}"
@@ -444,7 +450,7 @@ def _rewards(config: RunConfig, device: torch.device) -> list[tuple[type, dict[s
     of_answers = catalog.load("method", name).kind() == "answers"
     rewards = []
     for settings in config.rewards:
-        options = {k: v for k, v in settings.items() if k != "name"}
+        options = {k: v for k, v in settings.items() if k not in ("name", "skill")}
         cls = catalog.load("reward", settings["name"])
         if issubclass(cls, AnswerReward) != of_answers:
             judged, made = ("images and videos", "answers")[:: 1 if of_answers else -1]

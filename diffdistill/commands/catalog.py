@@ -64,6 +64,8 @@ def json_schema() -> str:
     properties["evaluate"] = {"anyOf": [_schema(cls) for cls in evaluate]}
     own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
+    for schema_ in named:
+        schema_["properties"]["skill"] = {"type": "string", "description": "One of data.skills."}
     reward = {"anyOf": [{"type": "string"}, *named, own]}
     properties["rewards"] = {"anyOf": [reward, {"type": "array", "items": reward}]}
     engines = [_named("engine", name) for name in sorted(catalog.names("engine"))]
