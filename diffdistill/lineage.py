@@ -196,9 +196,9 @@ def _judge(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
 
 def _data(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
     """Return the entry of each data set: of the run's own, or of each of its skills."""
-    data = session.config.data
-    found = []
-    for path in [*(data.skills or {}).values()] or [data.path]:
+    data, found = session.config.data, []
+    paths: list[str | None] = [*(data.skills or {}).values()]
+    for path in paths or [data.path]:
         if path is not None or data.source is not None:
             local = None if path is None else resolve(path, Path())
             found.append(describe_data(path, local, data.source, data.split, hashed=hashed))

@@ -426,7 +426,7 @@ def build_answer_reward(config: RunConfig, device: torch.device) -> AnswerReward
     found = _rewards(config, device)
     skills = [settings.get("skill") for settings in config.rewards]
     if all(skills):
-        made = {s: kind(**options) for s, (kind, options) in zip(skills, found, strict=True)}
+        made = {str(s): kind(**options) for s, (kind, options) in zip(skills, found, strict=True)}
         return SkillRewards(device=device, rewards=made)
     (kind, options), *others = found
     if others:

@@ -48,10 +48,11 @@ class SkillRewards(AnswerReward):
         """Return the numbers of the questions of each skill."""
         rows: dict[str, list[int]] = {}
         for number, example in enumerate(examples):
-            if example.skill not in self.rewards:
+            skill = example.skill
+            if skill is None or skill not in self.rewards:
                 raise UserError(
                     f"{example.origin}: rewards are of the skills {', '.join(self.rewards)}, and "
-                    f"this question is of {example.skill or 'none'}: set one reward for all"
+                    f"this question is of {skill or 'none'}: set one reward for all"
                 )
-            rows.setdefault(example.skill, []).append(number)
+            rows.setdefault(skill, []).append(number)
         return rows

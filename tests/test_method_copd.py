@@ -434,7 +434,9 @@ def test_each_skill_may_have_a_reward_of_its_own(world: Path, tmp_path: Path) ->
         judge.score(["a"], [Example("?")])
 
 
-@pytest.mark.parametrize("rewards", [BY_SKILL[:1], [*BY_SKILL, BY_SKILL[0]], [BY_SKILL[0], "boxed"]])
+@pytest.mark.parametrize(
+    "rewards", [BY_SKILL[:1], [*BY_SKILL, BY_SKILL[0]], [BY_SKILL[0], "boxed"]]
+)
 def test_there_is_one_reward_for_all_skills_or_one_for_each(rewards: Any, world: Path) -> None:
     with pytest.raises(UserError, match=r"one reward for each of data.skills \(sums, words\)"):
         parse_config(copd_values(world) | {"rewards": rewards})
