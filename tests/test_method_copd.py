@@ -388,6 +388,7 @@ def read(session: Any) -> Any:
     [
         ({"data": {"skills": None, "path": "x"}}, "must name the data of at least two skills"),
         ({"data": {"skills": {"student": "a", "b": "c"}}}, "'student' is the name of another"),
+        ({"data": {"skills": {"a.b": "a", "c": "c"}}}, "'a.b' has other characters"),
         ({"method": {"betas": {"sum": 1.0}}}, "there is no skill 'sum'; here: sums, words"),
     ],
 )

@@ -5,6 +5,7 @@ time each also answers the questions of another's skill, and that other says, to
 it would rather have read. In the end their weights are averaged.
 """
 
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,7 @@ from diffdistill.text.grpo import GRPO
 from diffdistill.text.rewarded import Rewarded
 from diffdistill.types import Batch, Loss, Progress
 
+NAME = re.compile(r"[\w-]+")
 BEFORE = "-before"
 """Ends the name of the copy of an expert that teaches through a whole phase."""
 
@@ -82,6 +84,8 @@ class CoPD(Rewarded):
         for name in skills:
             if name in ("student", "average", "base") or name.endswith(BEFORE):
                 raise ValueError(f"data.skills: {name!r} is the name of another model")
+            if not NAME.fullmatch(name):
+                raise ValueError(f"data.skills: {name!r} has other characters than a-z, 0-9, _ and -")
         for name in options.get("betas", {}):
             if name not in skills:
                 raise ValueError(f"betas: there is no skill {name!r}; here: {', '.join(skills)}")
