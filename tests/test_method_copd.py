@@ -358,6 +358,7 @@ def test_experts_and_their_mean_are_measured_by_skill_and_the_mean_is_exported(
         ["evaluate.roles=[base,student,sums]", "sample.max_tokens=4"],
     )
     assert "mean@1 words" in text
+    assert text.startswith(f"{world / 'questions.jsonl'}, {world / 'words.jsonl'}, ")
     assert "mean@1 sums" in text
     export(tmp_path / "run", tmp_path / "model", layout="model")
     session = restore(tmp_path / "run", device=CPU)

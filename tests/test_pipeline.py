@@ -15,6 +15,7 @@ from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.pipeline import dry_run, pipeline
 from diffdistill.config import load_config, parse_config
 from diffdistill.errors import UserError
+from diffdistill.provenance.files import open_record
 from diffdistill.question_feed import labelled_questions, seen_questions
 from diffdistill.session import build
 from diffdistill.stage_gates import StageSettings, gates
@@ -169,6 +170,13 @@ def test_a_gate_needs_a_teacher(world: Path, tmp_path: Path) -> None:
         load_pipeline(written(tmp_path, values))
 
 
+def test_a_stage_trains_no_shadow(world: Path, tmp_path: Path) -> None:
+    values = staged_values(world)
+    values["stages"]["direct"]["change"]["roles"] = {"student": {"adapter": "shadow"}}
+    with pytest.raises(UserError, match="stage direct: .* a shadow cannot be merged into the mod"):
+        load_pipeline(written(tmp_path, values))
+
+
 def test_a_pipeline_is_not_a_run(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a pipeline of several runs: diffdistill pipeline"):
         load_config(written(tmp_path, staged_values(world)))
@@ -278,6 +286,7 @@ def test_a_stage_begins_with_the_model_that_another_has_trained(done: Path) -> N
         assert all(torch.equal(here[name], value) for name, value in trained.items())
     model = load_file(done / "out" / "teacher" / "model" / "model.safetensors")
     assert model
+    assert open_record(done / "out" / "teacher" / "model")["result"]["name"] == "model"
 
 
 def test_what_gates_measured_and_their_bounds_are_told(done: Path) -> None:

@@ -199,11 +199,13 @@ class _Running:
 
     def _after(self) -> dict[str, Any]:
         """Return what became of the stage's run; its model is written."""
-        aside = self.model.with_name("model.writing")
+        aside = self.folder / "writing"
         for folder in (aside, self.model):
             shutil.rmtree(folder, ignore_errors=True)
-        export(self.folder, aside, layout="model")
-        aside.rename(self.model)
+        aside.mkdir()
+        export(self.folder, aside / self.model.name, layout="model")  # its record has the name
+        (aside / self.model.name).rename(self.model)
+        aside.rmdir()
         checkpoint = self.folder / "checkpoints" / Checkpoints(self.folder).names()[-1]
         state = json.loads((checkpoint / "state.json").read_text())
         labelled = labelled_questions(restore(self.folder), state["samples"])

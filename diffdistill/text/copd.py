@@ -85,7 +85,9 @@ class CoPD(Rewarded):
             if name in ("student", "average", "base") or name.endswith(BEFORE):
                 raise ValueError(f"data.skills: {name!r} is the name of another model")
             if not NAME.fullmatch(name):
-                raise ValueError(f"data.skills: {name!r} has other characters than a-z, 0-9, _ and -")
+                raise ValueError(
+                    f"data.skills: {name!r} has other characters than a-z, 0-9, _ and -"
+                )
         for name in options.get("betas", {}):
             if name not in skills:
                 raise ValueError(f"betas: there is no skill {name!r}; here: {', '.join(skills)}")
