@@ -394,6 +394,31 @@ def test_a_run_with_a_server_gives_it_the_weights_of_each_step(
     assert max(gaps) < 1e-4
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_goes_wrong_in_the_rank_that_gives_the_weights_ends_all(
+    rank: int, family: CausalLM, server: WritingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[list[str]] = []
+
+    def broadcast(told: list[str], src: int) -> None:
+        sent.append(list(told))
+        told[:] = ["", "the server is down"] if rank else told
+
+    def down(*_: Any) -> None:
+        raise UserError("the server is down")
+
+    where = "diffdistill.pipelines.vllm_server.dist."
+    monkeypatch.setattr(f"{where}is_initialized", lambda: True)
+    monkeypatch.setattr(f"{where}get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{where}get_rank", lambda: rank)
+    monkeypatch.setattr(f"{where}broadcast_object_list", broadcast)
+    monkeypatch.setattr(VllmServer, "_given", down)
+    engine = VllmServer(url=server.url, backoff=0.01)
+    with pytest.raises(UserError, match="the server is down"):
+        answered(engine, family, student_of(family, "lora"))
+    assert sent == [["", "" if rank else "the server is down"]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_two_ranks_share_a_server_which_one_of_them_gives_the_weights(

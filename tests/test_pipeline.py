@@ -173,7 +173,7 @@ def test_a_gate_needs_a_teacher(world: Path, tmp_path: Path) -> None:
 def test_a_stage_trains_no_shadow(world: Path, tmp_path: Path) -> None:
     values = staged_values(world)
     values["stages"]["direct"]["change"]["roles"] = {"student": {"adapter": "shadow"}}
-    with pytest.raises(UserError, match="stage direct: .* a shadow cannot be merged into the mod"):
+    with pytest.raises(UserError, match=r"stage direct: .* a shadow cannot be merged into the mod"):
         load_pipeline(written(tmp_path, values))
 
 
