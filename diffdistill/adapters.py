@@ -106,11 +106,11 @@ def _suffix(module: str) -> str:
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of one adapter, under names without the adapter's own."""
-    part = f".{name}."
+    own = re.compile(rf"\b((?:lora|shadow)_\w+\.){re.escape(name)}\.")
     return {
-        key.replace(part, ".").replace(".base_layer.", "."): parameter
+        own.sub(r"\1", key, count=1).replace(".base_layer.", "."): parameter
         for key, parameter in network.named_parameters()
-        if part in key and is_adapter_key(key)
+        if own.search(key)
     }
 
 

@@ -106,7 +106,7 @@ class RunConfig:
     """A complete, checked run.
 
     ``family``, ``method``, ``engine`` and each of ``rewards`` hold a name and all options; only
-    autoregressive models have an ``engine``.
+    autoregressive models have an ``engine``. A reward may have a ``skill`` too, of ``data.skills``.
     """
 
     family: dict[str, Any]
@@ -239,6 +239,11 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
     given_roles = _section(values.get("roles"), f"{origin}: roles")
     skills = list(sections["data"].skills or {})
+    if skills and (cls.kind() != "answers" or cls.given):
+        raise UserError(
+            f"{origin}: data.skills is for methods that ask questions, not for {method['name']}: "
+            "set data.path"
+        )
     roles = _roles(_known_roles(cls, method, skills, origin), given_roles, origin)
     if sections["train"].ema is not None:
         train = sections["train"]
@@ -248,7 +253,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
     evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
     sections["tessy"] = _tessy(values.get("tessy"), f"{origin}: tessy")
-    rewards = _rewards(values.get("rewards"), origin)
+    rewards = _rewards(values.get("rewards"), skills, origin)
     engine = _engine(values.get("engine"), cls.kind(), origin)
     return RunConfig(
         family=family,
@@ -287,11 +292,28 @@ def _tessy(given: Any, origin: str) -> TessySettings | None:
     return settings
 
 
-def _rewards(given: Any, origin: str) -> list[dict[str, Any]]:
-    """Return name and all options of each reward: a name, a section with a name, or a list."""
+def _rewards(given: Any, skills: Sequence[str], origin: str) -> list[dict[str, Any]]:
+    """Return name and all options of each reward: a name, a section with a name, or a list.
+
+    One of a skill has ``skill`` besides; then each skill has one.
+    """
     items = given if isinstance(given, list) else [] if given is None else [given]
-    named = [{"name": item} if isinstance(item, str) else item for item in items]
-    return [_named({"rewards": item}, "reward", origin, "rewards") for item in named]
+    named, of = [], []
+    for item in items:
+        section = {"name": item} if isinstance(item, str) else item
+        own = {}
+        if isinstance(section, Mapping) and section.get("skill") is not None:
+            own = {"skill": section["skill"]}
+            of.append(section["skill"])
+        if isinstance(section, Mapping):
+            section = {key: value for key, value in section.items() if key != "skill"}
+        named.append(_named({"rewards": section}, "reward", origin, "rewards") | own)
+    if of and (sorted(map(str, of)) != sorted(skills) or len(of) != len(named)):
+        raise UserError(
+            f"{origin}: rewards: either none has a skill, or there is one reward for each of "
+            f"data.skills ({', '.join(skills) or 'there are none'})"
+        )
+    return named
 
 
 def _known_roles(

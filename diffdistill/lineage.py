@@ -151,8 +151,10 @@ def _served(model: str | None) -> str:
 
 
 def _weights(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
-    """Return where a role's weights come from."""
+    """Return where a role's weights come from; those of a mean from where what it is of began."""
     config, settings = session.config, session.config.roles[role.name]
+    if settings.weights == "mean":
+        settings = config.roles[session.roles.trained()[0].name]
     family = settings.family or config.family
     path = settings.path or family.get("single_file") or family["path"]
     if not path:
@@ -166,25 +168,32 @@ def _route(session: Session, role: Role) -> str:
     """Return how a role takes part.
 
     ``init`` is what the student begins from. A teacher is the student itself, ``live``, as its
-    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training; or it is
-    ``trained`` beside it from the same weights (a critic, an expert); or it is another model,
-    ``local`` or from the ``hub`` or ``bundled``, or behind a ``server``.
+    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training. Others are an
+    ``expert``, which the student is the mean of; ``trained`` beside it from the same weights, as a
+    critic is; another model, ``local`` or from the ``hub`` or ``bundled``; or behind a ``server``.
     """
     settings, student = session.config.roles[role.name], session.roles["student"]
     if role is student:
         return "init"
     if settings.weights in ("ema", "live"):
         return settings.weights
+    if role.trained and student.settings.weights == "mean":
+        return "expert"
     if isinstance(role.family, Server):
         return "server"
     same = (settings.path, settings.family) == (session.config.roles["student"].path, None)
-    if same and settings.weights == "trained":
-        return "trained"
     if same:
-        shared = role.network is student.network and student.adapter is not None
-        return "adapter-off" if shared else "copy"
+        return _own_route(role, student)
     path = settings.path or (settings.family or session.config.family)["path"]
     return str(describe_model(path, None, None, hashed=False)["source"])
+
+
+def _own_route(role: Role, student: Role) -> str:
+    """Return how a role takes part that begins from the student's own weights."""
+    if role.trained:
+        return "trained"
+    shared = role.network is student.network and student.adapter is not None
+    return "adapter-off" if shared else "copy"
 
 
 def _judge(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
@@ -203,6 +212,7 @@ def _judge(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
 
 
 def _data(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
+    """Return the entry of each data set: of the run's own, or of each of its skills."""
     data = session.config.data
     found = []
     for part in [*of_skills(data).values()] or [data]:

@@ -11,9 +11,10 @@ from diffdistill.data.questions import of_skills, read_questions
 from diffdistill.data.settings import DataSettings
 from diffdistill.data.stream import MicroBatch, Stream
 from diffdistill.data.streaming import Group, endless_texts, groups
-from diffdistill.data.texts import Reading, TextDataset, open_texts
+from diffdistill.data.texts import Reading, TextDataset, open_texts, read_texts
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
+from diffdistill.pipelines.causal_pair import CausalPair
 from diffdistill.pipelines.questions import Questions
 from diffdistill.pipelines.text_rows import TextRows
 from diffdistill.session import Session, questions
@@ -67,12 +68,15 @@ def stream_of(session: Session, alike: Sequence[object]) -> Stream:
 def seen_questions(session: Session, samples: int) -> Iterator[Example]:
     """Yield the questions that a run of any number of ranks has had, again where it had them again.
 
+    Of a method that learns given texts, those texts.
+
     Args:
         session: The run.
         samples: How many it has had, of each skill.
     """
     data, family = session.config.data, questions(session)
-    read = _reading(session, family)
+    given = isinstance(session.family, CausalPair)
+    read = read_texts if given else _reading(session, family)
     for part in [*of_skills(data).values()] or [data]:
         if data.streaming:
             yield from islice(endless_texts(part, session.config.train.seed, read=read), samples)
@@ -85,16 +89,26 @@ def seen_questions(session: Session, samples: int) -> Iterator[Example]:
 def labelled_questions(session: Session, samples: int) -> set[str]:
     """Return the questions whose answers or solutions a run has learned from.
 
-    Those of a method that rewards answers, learns solutions or shows them; others need none.
+    Those of a method that rewards answers, learns given texts or solutions, or shows these; others
+    need none.
 
     Args:
         session: The run.
         samples: How many questions it has had, of each skill.
     """
-    method = session.method
-    if not hasattr(method, "reward") and method.solutions() == "unused":
+    method, given = session.method, isinstance(session.family, CausalPair)
+    rewarded = getattr(method, "reward", None) is not None
+    if not (rewarded or given or method.solutions() != "unused"):
         return set()
-    return {str(example.messages) for example in seen_questions(session, samples)}
+    return {_question(example) for example in seen_questions(session, samples)}
+
+
+def _question(example: Example) -> str:
+    """Return what tells a question from others: the chat before its answer, and its pictures."""
+    messages = example.messages or ()
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return " ".join(map(str, (messages or example.text, *example.pictures)))
 
 
 def telling(texts: Iterator[Example], family: TextRows[Any] | Questions) -> Iterator[Example]:

@@ -68,6 +68,8 @@ def check_roles(settings: Mapping[str, RoleSettings]) -> None:
             if not fine:
                 given = getattr(chosen, option)
                 raise UserError(f"roles.{name}.{option} must be {range_}, not {given}")
+        if chosen.dora and chosen.adapter != "lora":
+            raise UserError(f"roles.{name}.dora is for adapter: lora, and it is {chosen.adapter}")
         _check_shadow(name, chosen)
         if chosen.weights == "mean":
             _check_mean(name, settings)

@@ -59,6 +59,19 @@ class Head(nn.Module):
         return self.layers(features).mean(dim=(1, 2))
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What a role learns besides its losses.
+
+    Attributes:
+        value: A scalar mean with a graph.
+        count: How many things it is the mean of.
+    """
+
+    value: Tensor
+    count: int
+
+
 @dataclass(eq=False)
 class Role:
     """One model of a method: callable as ``role(state, condition)``.
@@ -82,7 +95,7 @@ class Role:
     head: nn.Module | None = None
     autocast: torch.dtype | None = None
     detached: bool = False
-    _auxiliary: list[Tensor] = field(default_factory=list)
+    _extra: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def __call__(self, state: State, condition: Condition) -> Any:
         """Return the prediction at ``state``: a tensor in float32, anything else as it is."""
@@ -103,14 +116,17 @@ class Role:
         if torch.is_grad_enabled() and self.settings.shadow.auxiliary_weight:
             with alone(self.network, again=True):
                 by_itself = self.family.predict(self.network, state, condition)
-            loss = auxiliary_loss(self.settings.shadow, by_itself, found, state, condition)
-            self._auxiliary.append(loss)
+            settings = self.settings.shadow
+            self._extra.append(auxiliary_loss(settings, by_itself, found, state, condition))
         forget(self.network)
 
-    def auxiliary(self) -> Tensor | None:
-        """Return the mean of what was kept since it was last asked for; None where nothing was."""
-        kept, self._auxiliary = self._auxiliary, []
-        return torch.stack(kept).mean() if kept else None
+    def extra(self) -> Extra | None:
+        """Return what the calls since it was last asked teach besides; None where nothing."""
+        kept, self._extra = self._extra, []
+        if not kept:
+            return None
+        count = max(sum(number for _, number in kept), 1)
+        return Extra(torch.stack([total for total, _ in kept]).sum() / count, count)
 
     def discriminate(self, state: State, condition: Condition) -> Tensor:
         """Return one logit per sample, ``[B]``, from the head on this role's features."""

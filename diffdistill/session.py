@@ -33,6 +33,7 @@ from diffdistill.protocols import Reward
 from diffdistill.role_building import build_roles
 from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Roles, enable_checkpointing
+from diffdistill.skill_rewards import SkillRewards
 from diffdistill.text.comparing import Comparing
 from diffdistill.text.exposed import Exposed
 from diffdistill.text.extrapolating import Extrapolating
@@ -145,6 +146,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     others = _other_families(config, family, device)
     _check_quantized(config)
     _check_shadows(config, family)
+    _check_engine(config)
     read = _read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
@@ -386,6 +388,21 @@ def _check_shadows(config: RunConfig, family: ModelFamily) -> None:
             )
 
 
+def _check_engine(config: RunConfig) -> None:
+    """Refuse an engine that cannot write with the adapter of a role that is trained."""
+    if not config.engine:
+        return
+    name = config.engine["name"]
+    able = catalog.load("engine", name).adapters
+    for role, chosen in config.roles.items():
+        kind = "dora" if chosen.dora else chosen.adapter
+        if chosen.weights == "trained" and kind not in ("none", *able):
+            raise UserError(
+                f"roles.{role}: engine {name} writes with whole networks and {' or '.join(able)}, "
+                f"not with {kind}: set engine: transformers"
+            )
+
+
 def _resolved(settings: Mapping[str, RoleSettings]) -> dict[str, RoleSettings]:
     """Return the settings with bundled paths resolved."""
     resolved = {}
@@ -408,12 +425,17 @@ def build_reward(config: RunConfig, device: torch.device) -> Reward:
 
 
 def build_answer_reward(config: RunConfig, device: torch.device) -> AnswerReward:
-    """Return the judge of answers of ``config``'s ``rewards``.
+    """Return the judge of answers of ``config``'s ``rewards``; those of skills are one.
 
     Raises:
-        UserError: If there is none, or more than one.
+        UserError: If there is none, or more than one without a skill.
     """
-    (kind, options), *others = _rewards(config, device)
+    found = _rewards(config, device)
+    skills = [settings.get("skill") for settings in config.rewards]
+    if all(skills):
+        made = {str(s): kind(**options) for s, (kind, options) in zip(skills, found, strict=True)}
+        return SkillRewards(device=device, rewards=made)
+    (kind, options), *others = found
     if others:
         raise UserError(
             f"rewards: method {config.method['name']} takes one, and here are {1 + len(others)}"
@@ -435,7 +457,7 @@ def _rewards(config: RunConfig, device: torch.device) -> list[tuple[type, dict[s
     of_answers = catalog.load("method", name).kind() == "answers"
     rewards = []
     for settings in config.rewards:
-        options = {k: v for k, v in settings.items() if k != "name"}
+        options = {k: v for k, v in settings.items() if k not in ("name", "skill")}
         cls = catalog.load("reward", settings["name"])
         if issubclass(cls, AnswerReward) != of_answers:
             judged, made = ("images and videos", "answers")[:: 1 if of_answers else -1]

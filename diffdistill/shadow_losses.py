@@ -14,8 +14,8 @@ def auxiliary_loss(
     attached: Prediction,
     state: State,
     condition: Condition,
-) -> Tensor:
-    """Return the weighted auxiliary loss, a scalar: the mean over the tokens that count.
+) -> tuple[Tensor, int]:
+    """Return the weighted auxiliary loss, a scalar: a sum over the tokens that count; and how many.
 
     Of masked diffusion, the tokens are those of the clean text.
 
@@ -33,4 +33,4 @@ def auxiliary_loss(
     else:
         maps = token_maps(by_itself, attached, ("forward-kl",), mask=mask)
         errors = maps["forward-kl"]
-    return settings.auxiliary_weight * errors.sum() / mask.sum().clamp(min=1)
+    return settings.auxiliary_weight * errors.sum(), int(mask.sum())

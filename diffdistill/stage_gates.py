@@ -69,8 +69,10 @@ class Gate:
 
     def told(self) -> str:
         """Return it as text."""
-        found = "" if self.value is None else f" ({self.value:.4g})"
-        return f"{self.name} {'fails' if self.holds is False else 'holds'}: {self.what}{found}"
+        if self.value is None:
+            return f"{self.name} not measured: {self.what}"
+        verdict = "holds" if self.holds else "fails"
+        return f"{self.name} {verdict}: {self.what} ({self.value:.4g})"
 
 
 def gates(settings: StageSettings, found: Mapping[str, Any] | None = None) -> list[Gate]:

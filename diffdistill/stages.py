@@ -155,6 +155,11 @@ def _stage(name: str, settings: StageSettings, overrides: Sequence[str]) -> Stag
     checked = parse_config(values, f"stage {name}")
     if catalog.load("method", checked.method["name"]).kind() == "pictures":
         raise UserError(f"stage {name}: a pipeline is of language models")
+    if checked.roles["student"].adapter == "shadow":
+        raise UserError(
+            f"stage {name}: roles.student.adapter: a shadow cannot be merged into the model that a "
+            "stage leaves to others: take lora"
+        )
     if settings.least_gain is not None and not checked.rewards:
         raise UserError(f"stage {name}: least_gain needs rewards to measure by")
     close = settings.most_kl is not None or settings.least_overlap is not None

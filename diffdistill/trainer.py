@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffdistill.checkpoints import (
 )
 from diffdistill.distributed import Distributed, clip_gradients
 from diffdistill.errors import UserError
+from diffdistill.extra_gradients import ExtraGradients
 from diffdistill.method import Method
 from diffdistill.optimizers import make_optimizer
 from diffdistill.role_building import copy_parameters
@@ -39,12 +40,13 @@ class Sums:
 
     def add(self, loss: Loss) -> None:
         """Add one loss and its metrics."""
-        self._add(f"loss/{loss.role}", loss.value, loss.count)
+        self.count(f"loss/{loss.role}", loss.value, loss.count)
         for name, value in loss.metrics.items():
             metric = torch.as_tensor(value, device=loss.value.device)
-            self._add(f"{name}/{loss.role}", metric, loss.count)
+            self.count(f"{name}/{loss.role}", metric, loss.count)
 
-    def _add(self, name: str, value: Tensor, count: float) -> None:
+    def count(self, name: str, value: Tensor, count: float) -> None:
+        """Add one value, a mean over so many things."""
         self.values[name] = self.values.get(name, 0) + value.detach() * count
         self.counts[name] += count
 
@@ -77,6 +79,8 @@ class Trainer:
         self.samples = 0
         self.bad_steps = 0
         self.updates: dict[str, int] = defaultdict(int)
+        self.extra = ExtraGradients()
+        self._check_shards()
         self.optimizers: dict[str, Optimizer] = {}
         for role in session.roles.trained():
             lr = self.settings.lr if role.settings.lr is None else role.settings.lr
@@ -144,11 +148,13 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, progress: Progress, sums: Sums, *, last: bool) -> None:
         for loss in self.session.method.losses(batch, progress):
-            network = self.session.roles[loss.role].network
-            self.distributed.synchronize_on_backward(network, last and not loss.more)
-            whole = with_auxiliary(loss, self.session.roles[loss.role].auxiliary())
-            (whole.value * whole.count).backward()
-            sums.add(whole)
+            role = self.session.roles[loss.role]
+            self.distributed.synchronize_on_backward(role.network, last and not loss.more)
+            if (extra := role.extra()) is not None:
+                self.extra.add(role, extra)
+                sums.count(f"shadow/{role.name}", extra.value, extra.count)
+            (loss.value * loss.count).backward()
+            sums.add(loss)
 
     def _update(
         self, progress: Progress, means: dict[str, float], counts: dict[str, float]
@@ -158,6 +164,8 @@ class Trainer:
         roles = [name.removeprefix("loss/") for name in means if name.startswith("loss/")]
         for name in roles:
             parameters = list(self.session.roles[name].parameters().values())
+            if extra := counts.get(f"shadow/{name}"):
+                self.extra.join(self.session.roles[name], counts[f"loss/{name}"] / extra)
             self.distributed.average_gradients(parameters, counts[f"loss/{name}"])
             metrics[f"grad_norm/{name}"] = clip_gradients(parameters, self.settings.clip)
         finite = all(math.isfinite(v) for v in [*means.values(), *metrics.values()])
@@ -177,6 +185,20 @@ class Trainer:
         else:
             metrics["skipped"] = 1.0
         return metrics
+
+    def _check_shards(self) -> None:
+        """Refuse to spread a shadow over processes that learns to stand alone.
+
+        Raises:
+            UserError: If one is.
+        """
+        for role in self.session.roles.trained() if self.distributed.sharded else []:
+            if role.settings.shadow is not None and role.settings.shadow.auxiliary_weight:
+                raise UserError(
+                    f"roles.{role.name}: what a shadow learns alone needs its whole weights in "
+                    "each process: launch with configs/accelerate/ddp.yaml, or set "
+                    f"roles.{role.name}.shadow.auxiliary_weight: 0"
+                )
 
     def _renewals(self) -> dict[str, Container[int]]:
         """Return when the method wants which roles renewed.
@@ -272,14 +294,6 @@ class Trainer:
             metrics = self.train_step()
             if not after_step(self.step, metrics):
                 return
-
-
-def with_auxiliary(loss: Loss, extra: Tensor | None) -> Loss:
-    """Return a loss with what the role learns besides (see ``Role.auxiliary``), if anything."""
-    if extra is None:
-        return loss
-    metrics = {**loss.metrics, "shadow": extra.detach()}
-    return replace(loss, value=loss.value + extra, metrics=metrics)
 
 
 def peak_memory(device: torch.device) -> int:

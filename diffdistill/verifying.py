@@ -49,6 +49,10 @@ class AnswerReward(ABC):
     def parses(self, answers: Sequence[str]) -> Tensor:
         """Return whether each answer keeps to the format that is asked for, bool ``[B]``."""
 
+    def parsed(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
+        """Return ``parses`` of answers to examples; rewards of skills differ by the example."""
+        return self.parses(answers)
+
 
 @dataclass(kw_only=True)
 class FinalAnswer(AnswerReward):

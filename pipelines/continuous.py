@@ -1,7 +1,7 @@
 """The engine ``continuous``: transformers' continuous batching."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Continuous(Engine):
 
     memory_share: float | None = 0.3
     batch_tokens: int | None = None
+
+    adapters: ClassVar = ("lora", "dora")  # a shadow would need pages of its own
 
     def __post_init__(self) -> None:
         """Check the options.

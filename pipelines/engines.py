@@ -7,7 +7,7 @@ teacher is shown, on a gate, or on how far a target is extrapolated.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,12 @@ class Engine(ABC):
     """Writes answers.
 
     A subclass is a keyword-only dataclass, whose fields are the options of a config's ``engine``.
+
+    Attributes:
+        adapters: What a student may have for it to write with: ``lora``, ``dora``, ``shadow``.
     """
+
+    adapters: ClassVar[tuple[str, ...]] = ("lora", "dora", "shadow")
 
     @abstractmethod
     def answers(

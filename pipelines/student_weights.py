@@ -89,10 +89,6 @@ def _write(family: CausalLM, student: Actor, folder: Path) -> None:
     if student.adapter is None:
         export_language_model(family, student.network, folder)
         return
-    if student.settings.shadow is not None or student.settings.dora:
-        raise UserError(
-            "vLLM runs whole networks and LoRA, neither shadows nor DoRA: set engine: transformers"
-        )
     weights = {name: value.detach().cpu() for name, value in student.parameters().items()}
     export_adapter(family, weights, folder, student.settings)
 

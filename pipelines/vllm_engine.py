@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -48,6 +48,8 @@ class Vllm(Engine):
     max_length: int | None = None
     sleep: bool = True
     folder: str | None = None
+
+    adapters: ClassVar = ("lora",)
 
     def __post_init__(self) -> None:
         """Check the options.

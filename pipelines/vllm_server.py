@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch import distributed as dist
@@ -52,6 +52,8 @@ class VllmServer(Reaching, Engine):
     folder: str | None = None
     timeout: float = 600.0
     concurrency: int = 64
+
+    adapters: ClassVar = ("lora",)
 
     def __post_init__(self) -> None:
         """Check the address and the options.
@@ -138,21 +140,32 @@ class VllmServer(Reaching, Engine):
     def _handed_over(self, family: CausalLM, student: Actor) -> str:
         """Give the server the student's weights; return the name that they have from now on.
 
-        One process does, and the others wait for it.
+        One process does, and the others wait for it; what goes wrong there ends all.
         """
-        name = [self._handover.label]
         together = dist.is_initialized() and dist.get_world_size() > 1
+        told = [self._handover.label, ""]  # the name, or what went wrong
         if not together or dist.get_rank() == 0:
-            before = self._handover.label
-            with self._handover.written(family, student) as folder:
-                if student.adapter is None:
-                    self._reload(folder)
-                else:
-                    self._load_adapter(folder, before)
-            name = [self._handover.label]
+            try:
+                told[0] = self._given(family, student)
+            except UserError as error:
+                if not together:
+                    raise
+                told[1] = str(error)
         if together:
-            dist.broadcast_object_list(name, src=0)
-        return name[0]
+            dist.broadcast_object_list(told, src=0)
+        if told[1]:
+            self._handover.failed()
+            raise UserError(told[1])
+        return told[0]
+
+    def _given(self, family: CausalLM, student: Actor) -> str:
+        before = self._handover.label
+        with self._handover.written(family, student) as folder:
+            if student.adapter is None:
+                self._reload(folder)
+            else:
+                self._load_adapter(folder, before)
+        return self._handover.label
 
     def _reload(self, folder: Path) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}

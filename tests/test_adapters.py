@@ -103,6 +103,15 @@ def test_a_second_adapter_reaches_the_same_layers_and_not_those_of_the_first() -
     assert student["blocks.0.to_q.lora_A.weight"].shape == (2, 4)
 
 
+def test_an_adapter_may_be_named_as_a_part_of_the_network() -> None:
+    network = adapted(Network(), "blocks", "student")
+    parts = [adapter_parameters(network, name) for name in ("blocks", "student")]
+    assert parts[0].keys() == parts[1].keys()
+    assert {key.rpartition(".lora_")[0] for key in parts[0]} == {"blocks.0.to_q", "blocks.1.to_q"}
+    ids = [{id(parameter) for parameter in part.values()} for part in parts]
+    assert not ids[0] & ids[1]
+
+
 def test_a_second_adapter_can_not_target_the_weights_of_the_first() -> None:
     network = adapted(Network(), "student")
     with pytest.raises(UserError, match="matches no layer"):

@@ -216,13 +216,18 @@ def test_weights_are_handed_over_once_and_one_folder_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == [handover.label]
 
 
-def test_adapters_that_vllm_cannot_run_are_refused(family: CausalLM, tmp_path: Path) -> None:
-    dora = build_roles({"student": RoleSettings(**LORA, dora=True)}, family)["student"]  # type: ignore[arg-type]
-    with (
-        pytest.raises(UserError, match="neither shadows nor DoRA"),
-        Handover(str(tmp_path)).written(family, dora),
-    ):
-        pass
+@pytest.mark.parametrize(
+    ("engine", "adapter"),
+    [("vllm", "dora"), ("vllm", "shadow"), ("vllm-server", "dora"), ("continuous", "shadow")],
+)
+def test_adapters_that_an_engine_cannot_run_are_refused_before_it_is_started(
+    engine: str, adapter: str, world: Path
+) -> None:
+    student = {**LORA, "dora": True} if adapter == "dora" else {"adapter": adapter}
+    values = answer_values(world, engine={"name": engine}, roles={"student": student})
+    with pytest.raises(UserError, match=f"student: engine {engine} .* not with {adapter}: set eng"):
+        build(parse_config(values), CPU)
+    build(parse_config(values | {"engine": "transformers"}), CPU)
 
 
 # vLLM in the process
@@ -389,6 +394,31 @@ def test_a_run_with_a_server_gives_it_the_weights_of_each_step(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     gaps = [json.loads(line)["sampler_gap/student"] for line in lines]
     assert max(gaps) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_goes_wrong_in_the_rank_that_gives_the_weights_ends_all(
+    rank: int, family: CausalLM, server: WritingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[list[str]] = []
+
+    def broadcast(told: list[str], src: int) -> None:
+        sent.append(list(told))
+        told[:] = ["", "the server is down"] if rank else told
+
+    def down(*_: Any) -> None:
+        raise UserError("the server is down")
+
+    where = "diffdistill.pipelines.vllm_server.dist."
+    monkeypatch.setattr(f"{where}is_initialized", lambda: True)
+    monkeypatch.setattr(f"{where}get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{where}get_rank", lambda: rank)
+    monkeypatch.setattr(f"{where}broadcast_object_list", broadcast)
+    monkeypatch.setattr(VllmServer, "_given", down)
+    engine = VllmServer(url=server.url, backoff=0.01)
+    with pytest.raises(UserError, match="the server is down"):
+        answered(engine, family, student_of(family, "lora"))
+    assert sent == [["", "" if rank else "the server is down"]]
 
 
 @pytest.mark.slow

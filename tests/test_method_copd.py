@@ -22,9 +22,10 @@ from diffdistill.errors import UserError
 from diffdistill.merging import mean_weights
 from diffdistill.projection import dense
 from diffdistill.question_feed import question_batches, seen_questions
-from diffdistill.session import build, questions
+from diffdistill.session import build, build_answer_reward, questions
 from diffdistill.text.copd import CoPD, PhaseStarts
 from diffdistill.text.grpo import GRPO
+from diffdistill.types import Example
 from tests.answer_run import ROWS, answer_values, save_answer_world, stopped
 from tests.conftest import CPU, START, randn
 from tests.toy_answers import FirstToken, Network, Questions, question_batch
@@ -283,6 +284,7 @@ def test_experts_that_teach_each_other_differ_from_those_that_do_not(
     apart, together = (tensors(tmp_path / name)["role-sums"] for name in ("apart", "together"))
     assert any((apart[name] != together[name]).any() for name in apart)
     lines = [json.loads(line) for line in (tmp_path / "together" / "metrics.jsonl").open()]
+    assert all(line["sampler_gap/sums"] < 1e-4 for line in lines)
     assert ["gap/sums" in line for line in lines] == [False, True, False, True]
     assert "symmetric_kl/words" in lines[0]
     assert lines[0]["symmetric_kl/words"] == pytest.approx(0.0, abs=1e-6)
@@ -356,6 +358,7 @@ def test_experts_and_their_mean_are_measured_by_skill_and_the_mean_is_exported(
         ["evaluate.roles=[base,student,sums]", "sample.max_tokens=4"],
     )
     assert "mean@1 words" in text
+    assert text.startswith(f"{world / 'questions.jsonl'}, {world / 'words.jsonl'}, ")
     assert "mean@1 sums" in text
     export(tmp_path / "run", tmp_path / "model", layout="model")
     session = restore(tmp_path / "run", device=CPU)
@@ -386,6 +389,7 @@ def read(session: Any) -> Any:
     [
         ({"data": {"skills": None, "path": "x"}}, "must name the data of at least two skills"),
         ({"data": {"skills": {"student": "a", "b": "c"}}}, "'student' is the name of another"),
+        ({"data": {"skills": {"a.b": "a", "c": "c"}}}, "'a.b' has other characters"),
         ({"method": {"betas": {"sum": 1.0}}}, "there is no skill 'sum'; here: sums, words"),
     ],
 )
@@ -406,6 +410,55 @@ def test_a_set_and_skills_are_alternatives_and_all_experts_are_of_one_form(
     values["roles"]["words"] = {"adapter": "lora", "rank": 3, "alpha": 4}
     with pytest.raises(UserError, match=r"roles.student: a mean is of trained roles with the same"):
         build(parse_config(values), CPU)
+
+
+BY_SKILL: list[dict[str, Any]] = [
+    {"name": "tests.answer_run:Length", "skill": "words", "scale": 3.0},
+    {"name": "boxed", "skill": "sums"},
+]
+
+
+def test_each_skill_may_have_a_reward_of_its_own(world: Path, tmp_path: Path) -> None:
+    values = copd_values(world, train={"steps": 1}) | {"rewards": BY_SKILL}
+    config = parse_config(values)
+    assert parse_config(config.to_dict()).rewards == config.rewards
+    for method in ("copd", "grpo"):
+        options = {"name": method, "num_answers": 2, "max_tokens": 4}
+        changed = values | {"method": options} | ({} if method == "copd" else {"roles": {}})
+        train(parse_config(changed), tmp_path / method)
+    session = restore(tmp_path / "grpo", device=CPU)
+    asked = [Example("?", answer="4", skill=skill) for skill in ("words", "sums", "words")]
+    answers, judge = [r"\boxed{4}", r"\boxed{4}", "ab"], build_answer_reward(session.config, CPU)
+    assert judge.score(answers, asked).tolist() == [27.0, 1.0, 6.0]
+    assert judge.parsed(["a", "a", ""], asked).tolist() == [True, False, False]
+    assert judge.parses(["a", ""]).tolist() == [True, False]
+    with pytest.raises(UserError, match="of the skills words, sums, and this question is of none"):
+        judge.score(["a"], [Example("?")])
+
+
+@pytest.mark.parametrize(
+    "rewards", [BY_SKILL[:1], [*BY_SKILL, BY_SKILL[0]], [BY_SKILL[0], "boxed"]]
+)
+def test_there_is_one_reward_for_all_skills_or_one_for_each(rewards: Any, world: Path) -> None:
+    with pytest.raises(UserError, match=r"one reward for each of data.skills \(sums, words\)"):
+        parse_config(copd_values(world) | {"rewards": rewards})
+
+
+def test_experts_do_not_judge_with_dropout(world: Path) -> None:
+    values = copd_values(world, LORA | {"dropout": 0.1})
+    with pytest.raises(UserError, match=r"roles.sums.dropout would make .* method.snapshot: phase"):
+        build(parse_config(values), CPU)
+    values["method"]["snapshot"] = "phase"
+    method = build(parse_config(values), CPU).method
+    assert isinstance(method, CoPD)
+    assert method.peers["sums-before"].settings.dropout == 0.0
+
+
+def test_only_methods_that_ask_questions_have_skills(world: Path) -> None:
+    for name in ("text-sft", "sft"):
+        values = {**copd_values(world), "method": {"name": name}, "roles": {}}
+        with pytest.raises(UserError, match=f"data.skills is for .*, not for {name}: set data"):
+            parse_config(values)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_context_that_tells_nothing_leaves_nothing_to_learn() -> None:
 
 def test_only_questions_with_an_answer_that_parses_are_left_to_the_teacher() -> None:
     class Odd(FirstToken):
-        def parses(self, answers: Any) -> Tensor:
+        def parsed(self, answers: Any, examples: Any) -> Tensor:
             return torch.tensor([i // 2 % 2 == 1 for i in range(len(answers))])
 
     method = make(branch=True, num_answers=2)

@@ -224,6 +224,10 @@ def test_a_clipped_token_keeps_its_direction() -> None:
         ({"entry_clip": 0.05}, "forward-kl or jsd"),
         ({"divergence": "sampled", "support": "teacher"}, "leave support full"),
         ({"divergence": "sampled", "on_policy_share": 0.5}, "student's own"),
+        (
+            {"support": "teacher", "correction": "hybrid", "on_policy_share": 0.5},
+            "correction hybrid needs answers of the student's own",
+        ),
         ({"retention": 0.0}, r"retention must be in \(0, 1\]"),
         ({"top_p": 0.0}, "top_p"),
         ({"on_policy_share": 2.0}, "on_policy_share"),

@@ -15,6 +15,7 @@ from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.pipeline import dry_run, pipeline
 from diffdistill.config import load_config, parse_config
 from diffdistill.errors import UserError
+from diffdistill.provenance.files import open_record
 from diffdistill.question_feed import labelled_questions, seen_questions
 from diffdistill.session import build
 from diffdistill.stage_gates import StageSettings, gates
@@ -169,6 +170,13 @@ def test_a_gate_needs_a_teacher(world: Path, tmp_path: Path) -> None:
         load_pipeline(written(tmp_path, values))
 
 
+def test_a_stage_trains_no_shadow(world: Path, tmp_path: Path) -> None:
+    values = staged_values(world)
+    values["stages"]["direct"]["change"]["roles"] = {"student": {"adapter": "shadow"}}
+    with pytest.raises(UserError, match=r"stage direct: .* a shadow cannot be merged into the mod"):
+        load_pipeline(written(tmp_path, values))
+
+
 def test_a_pipeline_is_not_a_run(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a pipeline of several runs: diffdistill pipeline"):
         load_config(written(tmp_path, staged_values(world)))
@@ -191,6 +199,7 @@ def test_gates_hold_at_their_bounds_and_not_beyond() -> None:
     assert holds(0.5, 0.75, 0.5, 0.8) == [True, True, True]
     assert holds(0.5, 0.55, 0.51, 0.79) == [False, False, False]
     assert gates(StageSettings()) == []
+    assert gates(settings)[0].told() == "C1 not measured: gain >= 0.1"
 
 
 # which questions
@@ -218,6 +227,28 @@ def test_the_questions_of_a_run_are_those_that_it_was_asked(
     assert labelled_questions(build(parse_config(values), CPU), 6) == set()
     values = run_values(world, "opd", method={"on_policy_share": 0.5})
     assert len(labelled_questions(build(parse_config(values), CPU), 4)) == 4
+
+
+def test_given_texts_are_labels_and_other_pictures_are_other_questions(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "yes"}]}
+        for q in ("2+2?", "3+5?", "hello?")
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = {"path": str(tmp_path / "chats.jsonl")}
+    values = run_values(world, "grpo", method={"num_answers": 2}, data=data)
+    rewarded = build(parse_config(values), CPU)
+    values = {**values, "method": {"name": "text-sft"}, "rewards": None}
+    given = build(parse_config(values), CPU)
+    asked = {str(({"role": "user", "content": q},)) for q in ("2+2?", "3+5?", "hello?")}
+    assert labelled_questions(rewarded, 4) == labelled_questions(given, 4) == asked
+    assert len(labelled_questions(given, 2)) == 2
+    example = next(seen_questions(rewarded, 2))
+    seen = [example._replace(pictures=(picture,)) for picture in ("a", "b", "a")]  # type: ignore[arg-type]
+    monkeypatch.setattr("diffdistill.question_feed.seen_questions", lambda *_: iter(seen))
+    assert len(labelled_questions(rewarded, 3)) == 2
 
 
 # running
@@ -255,6 +286,7 @@ def test_a_stage_begins_with_the_model_that_another_has_trained(done: Path) -> N
         assert all(torch.equal(here[name], value) for name, value in trained.items())
     model = load_file(done / "out" / "teacher" / "model" / "model.safetensors")
     assert model
+    assert open_record(done / "out" / "teacher" / "model")["result"]["name"] == "model"
 
 
 def test_what_gates_measured_and_their_bounds_are_told(done: Path) -> None:
@@ -277,6 +309,24 @@ def test_what_is_done_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("diffdistill.commands.pipeline.train", refused)
     before = found_in(done)
     pipeline(str(done / "staged.yaml"), output=done / "out", arms=["all"])
+    assert found_in(done) == before
+
+
+def test_what_is_done_is_measured_again_where_other_measures_are_asked_for(
+    done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffdistill.commands.pipeline.train", None)
+    config, output = str(done / "staged.yaml"), done / "out"
+    before = found_in(done)
+    more = ["measure.num_answers=3", "measure.top_k=1", "stages.direct.least_gain=-100"]
+    pipeline(config, output=output, arms=["bridge", "direct"], overrides=more)
+    found = found_in(done)
+    [gate] = found["direct"]["stages"]["direct"]["gates"]
+    assert gate["holds"]
+    stages, old = (which["bridge"]["stages"] for which in (found, before))
+    assert stages["warm"]["score"] != old["warm"]["score"]
+    assert stages["bridge"]["closeness"]["overlap"] != old["bridge"]["closeness"]["overlap"]
+    pipeline(config, output=output, arms=["all"])
     assert found_in(done) == before
 
 

@@ -162,21 +162,6 @@ def test_a_teacher_that_is_the_student_says_by_which_route(world: Path, name: st
     assert [used.model["role"] for used in models_of(record)] == ["student"]
 
 
-def test_what_is_trained_beside_the_student_is_no_copy_of_it_and_each_skill_has_its_data(
-    world: Path,
-) -> None:
-    skills = {name: str(world / "questions.jsonl") for name in ("sums", "words")}
-    values = answer_values(world, data={"path": None, "skills": skills}, rewards="exact")
-    values["method"] = {"name": "copd", "num_answers": 2}
-    record = record_of(build(parse_config(values), CPU))
-    assert [(t["role"], t["route"]) for t in record["teachers"]] == [
-        ("sums", "trained"), ("words", "trained"),
-    ]  # fmt: skip
-    assert [used.model["role"] for used in models_of(record)] == ["student"]
-    assert [data["id"] for data in record["data"]] == ["questions.jsonl", "questions.jsonl"]
-    assert all(data["sha256"] for data in record["data"])
-
-
 def test_a_servers_name_of_a_model_and_a_source_of_data_tell_no_place(world: Path) -> None:
     served = {"name": "server", "path": "http://localhost:1/v1", "model": str(world / "other")}
     method = {"name": "opd", "support": "teacher", "support_size": 4}
@@ -206,6 +191,23 @@ def test_an_exported_file_and_a_pipelines_transformer_carry_their_past(
         entry = describe_model(str(place), place, None, hashed=True)
         assert entry["as_recorded"] is True
         assert entry["upstream"]["result"]["name"] == "Llama-tiny"
+
+
+def test_experts_and_the_data_of_all_their_skills_are_recorded(world: Path) -> None:
+    other = str(world / "other")
+    skills = {name: str(world / "questions.jsonl") for name in ("sums", "words")}
+    values = answer_values(world, rewards="tests.answer_run:Length")
+    values["method"] = {"name": "copd", "num_answers": 2, "snapshot": "phase"}
+    values["data"] = {"batch_size": 2, "skills": skills}
+    values["roles"] = {name: {**LORA, "path": other} for name in skills}
+    record = record_of(build(parse_config(values), CPU))
+    routes = {model["role"]: model["route"] for model in record["teachers"]}
+    assert routes == {
+        "sums": "expert", "words": "expert", "sums-before": "ema", "words-before": "ema",
+    }  # fmt: skip
+    assert (record["student"]["id"], record["student"]["route"]) == ("other", "init")
+    assert [used.model["role"] for used in models_of(record)] == ["student"]
+    assert [entry["id"] for entry in record["data"]] == ["questions.jsonl"] * 2
 
 
 def test_a_server_is_recorded_by_host_and_model_without_its_key_or_address(

@@ -17,6 +17,7 @@ from diffdistill.commands.sample_answers import sample_answers
 from diffdistill.commands.sessions import models
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
+from diffdistill.distributed import Distributed
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.block_diffusion import project
@@ -24,12 +25,14 @@ from diffdistill.pipelines.block_sampling import BlockSampler, UncachedSampler
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.projection import dense, token_logprob, token_maps
+from diffdistill.question_feed import question_batches
 from diffdistill.role_building import build_roles
 from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Role, enable_checkpointing
 from diffdistill.rollouts import Sampling
-from diffdistill.session import build
+from diffdistill.session import build, questions
 from diffdistill.shadow import ShadowSettings, add_shadow, alone, is_shadow, shadow_of
+from diffdistill.trainer import Trainer
 from diffdistill.types import State
 from tests.answer_run import answer_values, save_answer_world
 from tests.conftest import CPU, disturb, generator, gradients
@@ -175,10 +178,10 @@ def test_training_moves_the_shadow_and_no_weight_of_the_base(world: Path, varian
     for _ in range(2):
         state, told = question(role)
         loss = -token_logprob(role(state, told), state.x, mask=state.mask).sum()
-        extra = role.auxiliary()
+        extra = role.extra()
         assert extra is not None
         optimizer.zero_grad()
-        (loss + extra).backward()
+        (loss + extra.value).backward()
         optimizer.step()
     moved = {n for n, p in role.network.named_parameters() if not torch.equal(p, before[n])}
     # what follows the last block is used by nobody; of the paper's, that is all there is of two
@@ -223,9 +226,9 @@ def test_gradients_are_the_same_when_blocks_are_recomputed(world: Path) -> None:
             enable_checkpointing(role.network)
         state, told = question(role)
         loss = token_logprob(role(state, told), state.x).sum()
-        extra = role.auxiliary()
+        extra = role.extra()
         assert extra is not None
-        (loss + extra).backward()
+        (loss + extra.value).backward()
         found.append(gradients(role))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
@@ -255,7 +258,7 @@ def test_the_auxiliary_loss_is_that_of_the_shadow_alone(world: Path) -> None:
         role = role_of(world, auxiliary=auxiliary, auxiliary_weight=0.3)
         state, told = question(role)
         attached = role(state, told)
-        kept = role.auxiliary()
+        kept = role.extra()
         with role.acting(CPU), alone(role.network):
             by_itself = role.family.predict(role.network, state, told)
         mask = state.mask
@@ -264,14 +267,61 @@ def test_the_auxiliary_loss_is_that_of_the_shadow_alone(world: Path) -> None:
             errors = -token_logprob(by_itself, state.x, mask=mask)
         else:
             errors = token_maps(by_itself, attached, ("forward-kl",), mask=mask)["forward-kl"]
-        torch.testing.assert_close(kept, 0.3 * errors.sum() / mask.sum())
-        assert role.auxiliary() is None
+        assert kept is not None
+        assert kept.count == mask.sum()
+        torch.testing.assert_close(kept.value, 0.3 * errors.sum() / mask.sum())
+        assert role.extra() is None
+
+
+def test_what_is_learned_alone_is_the_same_in_smaller_micro_batches(world: Path) -> None:
+    found, told = [], []
+    for batch_size, accumulate in ((2, 1), (1, 2)):
+        values = answer_values(
+            world,
+            method={"name": "grpo", "num_answers": 2, "max_tokens": 8, "aggregation": "grpo"},
+            roles={"student": {**SHADOW, "shadow": {"dropout": 0.0, "auxiliary_weight": 1.0}}},
+            data={"batch_size": batch_size},
+            train={
+                "accumulate": accumulate,
+                "clip": None,
+                "gradient_checkpointing": accumulate > 1,
+            },
+            rewards="tests.answer_run:Length",
+        )
+        session = build(parse_config(values), CPU)
+        disturb(session.roles["student"], seed=1, scale=0.05)
+        distributed = Distributed()
+        batches = question_batches(session, questions(session), distributed)(0)
+        trainer = Trainer(session, batches, distributed)
+        trainer.optimizers["student"].zero_grad = lambda **_: None  # type: ignore[assignment, misc]
+        metrics = trainer.train_step()
+        batches.close()
+        parameters = session.roles["student"].parameters()
+        found.append({n: p.grad for n, p in parameters.items() if p.grad is not None})
+        told.append([metrics[f"{name}/student"] for name in ("loss", "shadow", "answer_tokens")])
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+    assert told[0] == pytest.approx(told[1], rel=1e-4, abs=1e-6)
+
+
+def test_a_shadow_that_learns_to_stand_alone_cannot_be_spread(world: Path) -> None:
+    distributed = Distributed()
+    distributed.sharded = True
+    for weight in (0.05, 0.0):
+        shadow = {**SHADOW, "shadow": {"auxiliary_weight": weight}}
+        session = build(parse_config(answer_values(world, roles={"student": shadow})), CPU)
+        if weight:
+            with pytest.raises(UserError, match=r"set roles\.student\.shadow\.auxiliary_weight: 0"):
+                Trainer(session, iter(()), distributed)
+        else:
+            Trainer(session, iter(()), distributed)
 
 
 def test_without_a_weight_nothing_is_learned_alone(world: Path) -> None:
     role = role_of(world, auxiliary_weight=0.0)
     role(*question(role))
-    assert role.auxiliary() is None
+    assert role.extra() is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -413,6 +463,7 @@ def test_merging_is_refused_before_anything_has_changed(world: Path, tmp_path: P
     [
         ({"adapter": "shadow", "shadow": {"rnak": 1}}, r"student\.shadow\.rnak: unknown key"),
         ({"shadow": {"rank": 1}}, r"shadow is for adapter: shadow, and it is none"),
+        ({"adapter": "shadow", "dora": True}, r"dora is for adapter: lora, and it is shadow"),
         ({"adapter": "shadow", "targets": ["x"]}, r"targets is for adapter: lora"),
         ({"adapter": "shadow", "shadow": {"rank": 0}}, r"rank must be at least 1, not 0"),
         ({"adapter": "shadow", "shadow": {"dropout": 1.0}}, r"dropout must be in \[0, 1\)"),

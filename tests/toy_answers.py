@@ -135,7 +135,7 @@ class FirstToken:
         pairs = zip(answers, examples, strict=True)
         return torch.tensor([float(a[:1] == (e.answer or "")[:1]) for a, e in pairs])
 
-    def parses(self, answers: Sequence[str]) -> Tensor:
+    def parsed(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
         return torch.tensor([a[:1] != str(END) for a in answers])
 
 

@@ -67,6 +67,8 @@ def json_schema() -> str:
     properties["tessy"]["properties"]["fit"] = _schema(FitSettings)
     own = {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
     named = [_named("reward", name) for name in sorted(catalog.names("reward"))]
+    for schema_ in named:
+        schema_["properties"]["skill"] = {"type": "string", "description": "One of data.skills."}
     reward = {"anyOf": [{"type": "string"}, *named, own]}
     properties["rewards"] = {"anyOf": [reward, {"type": "array", "items": reward}]}
     engines = [_named("engine", name) for name in sorted(catalog.names("engine"))]

@@ -13,6 +13,7 @@ from diffdistill.commands.sessions import models, open_session, render
 from diffdistill.config import parse
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.questions import read_questions
+from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.evaluation.answers import Average, examine
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
@@ -98,14 +99,19 @@ def _questions(session: Session, count: int | None) -> list[Example]:
     found = list(islice(read_questions(data, Path(), problems), count))
     settle(problems, data.on_error)
     if not found:
-        raise UserError(f"there is no usable example in {data.path or data.source}")
+        raise UserError(f"there is no usable example in {_where(data)}")
     return found
+
+
+def _where(data: DataSettings) -> str:
+    """Return what the questions of a config are called."""
+    return data.path or data.source or ", ".join((data.skills or {}).values())
 
 
 def _told(session: Session, count: int) -> str:
     data, writing = session.config.data, session.config.replies
     return (
-        f"{data.path or data.source}, {count} questions; {writing.num_answers} answers each of at "
+        f"{_where(data)}, {count} questions; {writing.num_answers} answers each of at "
         f"most {writing.max_tokens} tokens, temperature {writing.temperature:g}, top-p "
         f"{writing.top_p:g}, top-k {writing.top_k}, seed {writing.seed}"
     )

@@ -132,21 +132,25 @@ class _Running:
         self.inputs = {name: records[name]["weights"] for name in stage.needs}
 
     def record(self) -> dict[str, Any]:
-        """Return what is known of the stage when it is done; what is not done yet is run."""
+        """Return what is known of the stage when it is done; what is not done yet is run.
+
+        What is asked now and was not measured, or otherwise, is measured now.
+        """
         _check_same(self.stage, self.folder, self.config)
-        file = self.folder / RECORD
+        file, found = self.folder / RECORD, dict[str, Any]()
         if file.is_file():
-            found: dict[str, Any] = json.loads(file.read_text())
+            found = json.loads(file.read_text())
             if found["inputs"] != self.inputs:
                 raise UserError(
                     f"{self.folder} went on from other models than {', '.join(self.inputs)} are "
                     "now: remove it, or choose another --output"
                 )
-            self._check_gates(found)
-            return found
-        before = self._before()
-        self._train()
-        found = {"inputs": self.inputs, "closeness": before, **self._after()}
+        close = self._before()
+        if not found:
+            self._train()
+            found = {"inputs": self.inputs, **self._after()}
+        found["closeness"] = close
+        found["score"], found["measure"] = self._score(found), asdict(self.plan.measure)
         write_atomic(file, json.dumps(found, indent=1).encode())
         self._check_gates(found)
         return found
@@ -156,15 +160,28 @@ class _Running:
         settings, file = self.stage.settings, self.folder / BEFORE
         if settings.most_kl is None and settings.least_overlap is None:
             return {}
-        if file.is_file():
-            found: dict[str, float] = json.loads(file.read_text())
-        else:
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        if kept.get("measure") != asdict(self.plan.measure):
             _say(f"{self.stage.name}: how close is the teacher?")
-            found = closeness(self.config, self.plan.measure)
+            close = closeness(self.config, self.plan.measure)
+            kept = {"measure": asdict(self.plan.measure), "closeness": close}
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(found).encode())
+            write_atomic(file, json.dumps(kept).encode())
+        found: dict[str, float] = kept["closeness"]
         self._check_gates({"closeness": found})
         return found
+
+    def _score(self, found: Mapping[str, Any]) -> dict[str, float]:
+        """Return the student's score, and what it was before where gate C1 asks for it."""
+        if not self.config.rewards:
+            return {}
+        before = self.stage.settings.least_gain is not None
+        kept: dict[str, float] = found.get("score", {})
+        same = found.get("measure") == asdict(self.plan.measure)
+        if same and "after" in kept and ("before" in kept or not before):
+            return kept
+        _say(f"{self.stage.name}: measuring")
+        return scores(self.folder, self.plan.measure, before=before)
 
     def _train(self) -> None:
         _say(f"{self.stage.name}: training")
@@ -182,26 +199,23 @@ class _Running:
 
     def _after(self) -> dict[str, Any]:
         """Return what became of the stage's run; its model is written."""
-        aside = self.model.with_name("model.writing")
+        aside = self.folder / "writing"
         for folder in (aside, self.model):
             shutil.rmtree(folder, ignore_errors=True)
-        export(self.folder, aside, layout="model")
-        aside.rename(self.model)
+        aside.mkdir()
+        export(self.folder, aside / self.model.name, layout="model")  # its record has the name
+        (aside / self.model.name).rename(self.model)
+        aside.rmdir()
         checkpoint = self.folder / "checkpoints" / Checkpoints(self.folder).names()[-1]
         state = json.loads((checkpoint / "state.json").read_text())
         labelled = labelled_questions(restore(self.folder), state["samples"])
-        found: dict[str, Any] = {
+        return {
             "method": self.config.method["name"],
             "updates": state["updates"],
             "questions": state["samples"] * _num_skills(self.config),
             "labelled": sorted(sha256(text.encode()).hexdigest()[:16] for text in labelled),
             "weights": sha256((checkpoint / "manifest.json").read_bytes()).hexdigest(),
         }
-        if self.config.rewards:
-            _say(f"{self.stage.name}: measuring")
-            before = self.stage.settings.least_gain is not None
-            found["score"] = scores(self.folder, self.plan.measure, before=before)
-        return found
 
     def _check_gates(self, found: Mapping[str, Any]) -> None:
         """Say which gates do not hold; end the pipeline if it is to stop there."""

@@ -92,7 +92,7 @@ def examine(
     if reward is not None:
         examples = [asked[draft.prompt] for draft in drafts]
         columns["score"] = reward.score(texts, examples).float().cpu()
-        columns["parsed"] = reward.parses(texts).float().cpu()
+        columns["parsed"] = reward.parsed(texts, examples).float().cpu()
     columns |= {
         "tokens": torch.tensor([float(len(draft.tokens)) for draft in drafts]),
         "ended": torch.tensor([float(draft.tokens[-1] in family.end_ids) for draft in drafts]),

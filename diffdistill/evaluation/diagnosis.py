@@ -117,9 +117,10 @@ class _Looking:
         if subject.reward is None:
             self._note("no reward: with one in the config (rewards: boxed), answers are verified")
             return None, texts
-        rewards = subject.reward.score(texts, subject.family.examples(attempt.batch))
+        examples = subject.family.examples(attempt.batch)
+        rewards = subject.reward.score(texts, examples)
         self.means.add("reward", rewards)
-        self.means.add("parse_rate", subject.reward.parses(texts))
+        self.means.add("parse_rate", subject.reward.parsed(texts, examples))
         return rewards, texts
 
     def _entropy(self, attempt: Attempt) -> Tensor:

@@ -79,7 +79,7 @@ def _graded(
     for start, examples in subject.batches(asked, say):
         texts = written(subject, examples, prefixes[start : start + len(examples)], start)
         right = subject.reward.score(texts, examples) >= subject.right
-        found.append((right.cpu(), subject.reward.parses(texts).cpu()))
+        found.append((right.cpu(), subject.reward.parsed(texts, examples).cpu()))
     return Graded(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

@@ -73,7 +73,7 @@ def sweep(
         for start, examples in subject.batches(asked, say):
             answers = target_answers(subject, examples, start, strength, sampling)
             texts = subject.family.spelled(answers)
-            means.add("parse_rate", subject.reward.parses(texts))
+            means.add("parse_rate", subject.reward.parsed(texts, examples))
             means.add("reward", subject.reward.score(texts, examples))
             means.add("ended", answers.ended)
         found.append(Swept(strength, **means.found()))

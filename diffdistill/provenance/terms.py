@@ -19,7 +19,7 @@ from diffdistill.errors import UserError
 from diffdistill.provenance.settings import ProvenanceSettings
 
 Status = Literal["met", "acknowledged", "noted", "open", "unknown"]
-SELF = ("adapter-off", "copy", "ema", "live", "trained")
+SELF = ("adapter-off", "copy", "ema", "expert", "live", "trained")
 """Routes of a role with the student's own weights, or trained from them: its terms are theirs."""
 
 MADE = "made"

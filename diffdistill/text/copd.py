@@ -5,6 +5,7 @@ time each also answers the questions of another's skill, and that other says, to
 it would rather have read. In the end their weights are averaged.
 """
 
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -17,11 +18,12 @@ from diffdistill.divergences import masked_mean
 from diffdistill.estimators import log_ratio
 from diffdistill.policy import Mean
 from diffdistill.projection import Prediction, token_logprob, token_maps
-from diffdistill.text.answering import Attempt
+from diffdistill.text.answering import Attempt, sampler_gap
 from diffdistill.text.grpo import GRPO
 from diffdistill.text.rewarded import Rewarded
 from diffdistill.types import Batch, Loss, Progress
 
+NAME = re.compile(r"[\w-]+")
 BEFORE = "-before"
 """Ends the name of the copy of an expert that teaches through a whole phase."""
 
@@ -82,6 +84,10 @@ class CoPD(Rewarded):
         for name in skills:
             if name in ("student", "average", "base") or name.endswith(BEFORE):
                 raise ValueError(f"data.skills: {name!r} is the name of another model")
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"data.skills: {name!r} has other characters than a-z, 0-9, _ and -"
+                )
         for name in options.get("betas", {}):
             if name not in skills:
                 raise ValueError(f"betas: there is no skill {name!r}; here: {', '.join(skills)}")
@@ -100,12 +106,24 @@ class CoPD(Rewarded):
             raise ValueError("scale_rewards: batch would mix skills: take group or none")
         if min([self.beta, *self.betas.values()]) < 0:
             raise ValueError("beta must be at least 0: below, peers teach the opposite")
+        if self.snapshot == "step":
+            self._check_dropout()
         shared = {item.name: getattr(self, item.name) for item in fields(Rewarded)}
         self._experts = {
             name: GRPO(**shared | {"student": expert, "reference": expert})
             for name, expert in (self.peers or {}).items()
             if not name.endswith(BEFORE)
         }
+
+    def _check_dropout(self) -> None:
+        """Refuse experts that would judge with the dropout that they learn with."""
+        for name, expert in (self.peers or {}).items():
+            settings = getattr(expert, "settings", None)
+            if settings is not None and settings.dropout > 0:
+                raise ValueError(
+                    f"roles.{name}.dropout would make what it says to its peers noisy: set it to "
+                    "0, or method.snapshot: phase"
+                )
 
     @property
     def cycle(self) -> int:
@@ -145,6 +163,7 @@ class CoPD(Rewarded):
         logprob = token_logprob(attempt.prediction, tokens, mask=mask, temperature=self.temperature)
         value, count = expert.policy(attempt, expert.advantages(rewards, progress), logprob)
         told: dict[str, Tensor] = expert.told(attempt, rewards)
+        told |= sampler_gap(attempt.answers, logprob, mask)
         if self.watch_every and progress.step % self.watch_every == 0:
             told |= self._watched(name, attempt)
         beta = self.betas.get(name, self.beta)

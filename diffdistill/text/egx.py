@@ -113,8 +113,9 @@ class EGX(Exposed, Extrapolating, Gated, Rewarded):
         """Return which answers learn from the teacher, bool ``[B]``."""
         if not self.branch:
             return torch.ones_like(attempt.answers.ended)
-        parses = self.reward.parses(self.family.spelled(attempt.answers))
-        groups = parses.view(-1, self.num_answers).any(dim=1)
+        examples = self.family.examples(attempt.batch)
+        parsed = self.reward.parsed(self.family.spelled(attempt.answers), examples)
+        groups = parsed.view(-1, self.num_answers).any(dim=1)
         return groups.repeat_interleave(self.num_answers).to(attempt.answers.ended.device)
 
     def _distilled(

@@ -36,8 +36,12 @@ class OPD(Comparing):
         super().__post_init__()
         if not 0 <= self.on_policy_share <= 1:
             raise ValueError(f"on_policy_share must be in [0, 1], not {self.on_policy_share}")
-        if self.divergence == "sampled" and self.on_policy_share < 1:
-            raise ValueError("divergence sampled needs answers of the student's own alone")
+        for what, asked in (
+            ("divergence sampled", self.divergence == "sampled"),
+            ("correction hybrid", self.hybrid),
+        ):
+            if asked and self.on_policy_share < 1:
+                raise ValueError(f"{what} needs answers of the student's own alone")
 
     def solutions(self) -> Solutions:
         """Return whether the data's own answers are learned."""

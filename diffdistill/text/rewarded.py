@@ -156,10 +156,11 @@ class Rewarded(Answering):
         in the format that is asked for: where it falls, a format collapses (see docs/diagnose.md).
         """
         groups = rewards.view(-1, self.num_answers)
-        answers = attempt.answers
+        answers, examples = attempt.answers, self.family.examples(attempt.batch)
+        parsed = self.reward.parsed(self.family.spelled(answers), examples)
         return {
             "reward": rewards.mean(),
-            "parse_rate": self.reward.parses(self.family.spelled(answers)).float().mean(),
+            "parse_rate": parsed.float().mean(),
             "flat_groups": (groups.amax(1) == groups.amin(1)).float().mean(),
             "answer_tokens": answers.mask.sum(dim=1).float().mean(),
             "ended": answers.ended.float().mean(),

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from diffdistill.estimates import nbytes, saved_tensors
+from diffdistill.extra_gradients import ExtraGradients
 from diffdistill.pipelines.block_diffusion import project
 from diffdistill.projection import Prediction, cross_entropy
 from diffdistill.role_building import build_roles
@@ -94,8 +95,11 @@ def step(role: Role, tokens: Tensor) -> None:
     first, rest = tokens[:, :1], tokens[:, 1:]
     state = State(rest, torch.zeros(len(rest), device=rest.device))
     loss = cross_entropy(role(state, {"first": first}), rest).mean()
-    extra = role.auxiliary()
-    (loss if extra is None else loss + extra).backward()
+    extras = ExtraGradients()
+    if (extra := role.extra()) is not None:
+        extras.add(role, extra)
+    loss.backward()
+    extras.join(role, 1.0)
     for parameter in role.parameters().values():
         parameter.grad = None
 
