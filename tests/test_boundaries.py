@@ -93,7 +93,11 @@ def test_a_cut_is_progress_and_never_within_a_word_unless_exact(text: str, place
         assert 0 < cut <= len(text)
         if 0 < cut < len(text):
             assert text[cut - 1].isspace() or text[cut].isspace()
-        assert cut <= place or rule == "extend" or not text[:place].strip("ab\u00e9\u4e2d")
+        assert (
+            cut <= place
+            or rule == "extend"
+            or not text[:place].removeprefix(" ").strip("ab\u00e9\u4e2d")
+        )
     assert word_cut(text, place, "exact") == place
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from diffdistill import cli, feeding
+from diffdistill import cli, question_feed
 from diffdistill.checkpoints import Checkpoints, restore
 from diffdistill.commands.catalog import json_schema
 from diffdistill.commands.evaluate import evaluate
@@ -330,7 +330,7 @@ def test_what_is_compiled_is_what_is_called(world: Path, monkeypatch: pytest.Mon
 def test_a_stream_says_from_time_to_time_what_it_leaves_out(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feeding, "TOLD_EVERY", 6)
+    monkeypatch.setattr(question_feed, "TOLD_EVERY", 6)
     rows = (world / "chats.jsonl").read_text().splitlines()
     long = {
         "messages": [

@@ -25,7 +25,7 @@ from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
 
 CONFIG = "opd/arithmetic"
 TASK = [
-    "method={name: 'answers_sft:SFT', max_tokens: 96}",
+    "method={name: sft-answers}",
     "roles={}",
     "data.path=bundled:arithmetic-json-train.jsonl",
 ]
