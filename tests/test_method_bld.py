@@ -157,6 +157,9 @@ def test_what_is_kept_depends_on_all_that_the_search_does(world: Path) -> None:
     for options in ({"num_beams": 2}, {"threshold": 0.1}, {"path": "canonical"}, {"num_kept": 3}):
         assert Made(world, size=1, **options).method.annotation() != base
     assert Made(world, size=1, byte_weight=0.3).method.annotation() == base
+    rounded = Made(world, size=1)
+    rounded.roles["teacher"].autocast = torch.bfloat16
+    assert rounded.method.annotation() != base
 
 
 def test_the_beam_and_the_canonical_path_teach_otherwise(world: Path) -> None:

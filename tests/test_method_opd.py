@@ -168,6 +168,7 @@ def test_a_warm_up_learns_the_forward_kl_at_what_the_teacher_writes() -> None:
     rows = method.family.repeated(batch, 2)
     expected = naive("forward-kl", *both_logits(method, rows))
     torch.testing.assert_close(loss.value, expected)
+    assert "sampler_gap" not in loss.metrics  # who wrote it is no older student
     other = make(off_policy="teacher", num_answers=2, **options)
     other.student = Network(5).double()  # whoever learns, the teacher writes the same
     only_loss(other, batch)

@@ -100,7 +100,8 @@ class BLD(Given):
 
     def annotation(self) -> str:
         """Return what the teacher's predictions of bytes depend on."""
-        return f"{self._teacher_weights} {self._search} {self.num_kept}"
+        precision = self.teacher.autocast
+        return f"{self._teacher_weights} {precision} {self._search} {self.num_kept}"
 
     def annotate(self, texts: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
         """Return the teacher's predictions of the bytes of texts."""

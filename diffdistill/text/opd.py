@@ -59,6 +59,7 @@ class OPD(Comparing):
         if self.off_policy == "data":
             return batch, self.family.given(batch)
         rows = self.family.repeated(batch, self.num_answers)
-        return rows, self.family.rollout(
+        answers = self.family.rollout(
             self.teacher, rows, self.sampling, self.draws, purpose="teacher", reader="teacher"
         )
+        return rows, answers._replace(logprobs=None)  # theirs: no gap of a sampler
