@@ -1,8 +1,8 @@
 """What the scripts share that train the bundled `arithmetic-student` in several ways.
 
-All arms of a script share data, seeds, learning rate and number of steps, and each step learns from
-16 answers. A student is measured on problems kept from training: four answers to each, sampled at
-temperature 1 with the same random numbers for all students.
+All arms of a script share data, seeds, number of steps and, where nothing else is said, learning
+rate; each step learns from 16 answers. A student is measured on problems kept from training: four
+answers to each, sampled at temperature 1 with the same random numbers for all students.
 """
 
 import argparse
