@@ -33,7 +33,7 @@ STUDY = Study(
     name="opsd",
     title="Self-distillation from the solution (OPSD) on arithmetic",
     about="OPSD and its clips, SFT on the solutions that its teacher is shown, and GRPO (four "
-    "answers to each of four questions; at a learning rate of 1e-4, and at the 3e-4 of all others).",
+    "answers to each of four questions; at a learning rate of 1e-4, and at the others' 3e-4).",
     arms=ARMS,
     against={"OPSD": ARMS, "SFT": ["GRPO"]},
 )
