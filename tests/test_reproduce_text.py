@@ -170,7 +170,6 @@ def test_arms_of_many_faces_are_biased_where_they_say_none(
         assert found["allow_biased"] == biased
         assert (found["correction"] == "none") == (biased or arm == "forward KL, none")
     assert options_of(script, "none, 1 token")["support_size"] == 1
-    assert options_of(script, "none, 16 tokens")["support_size"] == 16
     hints = tmp_path / "shared-hint.jsonl"
     script.write_hints(hints)
     rows = [json.loads(line) for line in hints.read_text().splitlines()]

@@ -90,7 +90,7 @@ class Amount:
     """
 
     steps: int
-    questions: int = 400
+    questions: int = 256
     checkpoints: int = 1
     judged: str = "box"
     max_tokens: int = 96
@@ -290,7 +290,7 @@ class Study:
     drawn: Sequence[str] = DRAWN
     checkpoints: int = 1
     judged: str = "box"
-    questions: int = 400
+    questions: int = 256
     max_tokens: int = 96
     extra: Extra | None = None
 

@@ -59,7 +59,6 @@ TRUNCATED = {
     "full": Arm(OPD, LONG),
     "none": truncated("none"),
     "none, 1 token": truncated("none", 1),
-    "none, 16 tokens": truncated("none", 16),
     "generalized": truncated("generalized"),
     "renorm": truncated("renorm"),
     "tail": truncated("tail"),
@@ -128,10 +127,9 @@ def study(folder: Path) -> Study:
         f"each question's solution, or `{HINT}` with all questions. A constant learning rate.",
         arms=arms(folder),
         against={"full": TRUNCATED, "own solutions": ["shared hint"]},
-        steps=400,
         shown=SHOWN | more,
         drawn=("student_mass", *DRAWN),
-        checkpoints=8,
+        checkpoints=5,
         extra=course,
     )
 

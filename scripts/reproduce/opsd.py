@@ -36,6 +36,7 @@ STUDY = Study(
     "answers to each of four questions; at a learning rate of 1e-4, and at the others' 3e-4).",
     arms=ARMS,
     against={"OPSD": ARMS, "SFT": ["GRPO"]},
+    questions=400,
 )
 
 

@@ -41,6 +41,7 @@ STUDY = Study(
         "beta 0, weight 0.1": ["SDAR, weight 0.1", "centered, weight 0.1"],
         "gate alone, beta 0": ["gate alone", "gate alone, centered"],
     },
+    questions=400,
     shown=SHOWN | {"grad_norm": "gradient norm"},
 )
 

@@ -70,6 +70,8 @@ STUDY = Study(
     "the highest by a rule, or drawn in proportion to its score, without reweighting.",
     arms=ARMS,
     against={"all tokens": ARMS},
+    steps=100,
+    questions=200,
 )
 
 
