@@ -90,11 +90,12 @@ def names(kind: str) -> dict[str, str]:
     """Return name and address of every ``method``, ``family``, ``reward`` or ``engine``.
 
     Other packages add names through the entry points ``diffdistill.methods``,
-    ``diffdistill.families``, ``diffdistill.rewards`` and ``diffdistill.engines``.
+    ``diffdistill.families``, ``diffdistill.rewards`` and ``diffdistill.engines``; they cannot
+    replace one of ours.
     """
     group = "families" if kind == "family" else f"{kind}s"
     found = entry_points(group=f"diffdistill.{group}")
-    return TABLES[kind] | {point.name: point.value for point in found}
+    return {point.name: point.value for point in found} | TABLES[kind]
 
 
 def load(kind: str, name: str) -> Any:
@@ -105,7 +106,8 @@ def load(kind: str, name: str) -> Any:
     Raises:
         UserError: If there is no such name, module, file or class.
     """
-    table = names(kind)
+    own = TABLES[kind]
+    table = own if name in own else names(kind)  # the others are looked for on disk
     module, _, attribute = table.get(name, name).rpartition(":")
     if not module or not attribute:
         raise UserError(f"unknown {kind} {name!r}{near(name, table)}; known: {listing(table)}")

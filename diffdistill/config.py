@@ -4,38 +4,31 @@ Each section is checked against a plain dataclass: the keyword fields with a def
 family or method class, and the settings classes below. An unknown key is an error.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from inspect import cleandoc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
-    create_model,
 )
 
 from diffdistill import catalog
+from diffdistill.config_files import read_values
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.method import Kind
+from diffdistill.options import parse, parse_options, section_of
 from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.role_settings import RoleSettings
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 from diffdistill.shadow import ShadowSettings
 from diffdistill.tessy_settings import FitSettings, TessySettings
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(kw_only=True)
@@ -181,53 +174,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(values, str(path))
 
 
-def read_values(name: str, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
-    """Return the file of a config and what it says, with overrides; nothing is checked.
-
-    Raises:
-        UserError: If there is none, or it or an override cannot be read.
-    """
-    path = find_config(name)
-    values = _read(path)
-    for override in overrides:
-        apply_override(values, override)
-    return path, values
-
-
-def find_config(name: str) -> Path:
-    """Return the file of a config given by path or by bundled name."""
-    candidates = (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / name)
-    for path in candidates:
-        if path.is_file():
-            return path
-    known = dict.fromkeys([*bundled_configs(), *bundled_pipelines()])
-    raise UserError(
-        f"no config file {name!r}{catalog.near(name, known)}; bundled: {catalog.listing(known)}"
-    )
-
-
-def bundled_configs() -> list[str]:
-    """Return the names of the configs of runs that ship with the package."""
-    return [name for name, staged in _bundled() if not staged]
-
-
-def bundled_pipelines() -> list[str]:
-    """Return the names of the pipelines that ship with the package (see ``stages``)."""
-    return [name for name, staged in _bundled() if staged]
-
-
-def _bundled() -> Iterator[tuple[str, bool]]:
-    """Yield each bundled config, and whether it is a pipeline."""
-    for file in sorted(CONFIGS.rglob("*.yaml")):
-        path = file.relative_to(CONFIGS).with_suffix("")
-        if path.parts[0] != "accelerate":
-            yield path.as_posix(), bool(re.search("^stages:", file.read_text(), re.MULTILINE))
-
-
 def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
     """Return the checked config of nested plain values."""
     known = {f.name: None for f in fields(RunConfig)}
-    values = _section(values, origin)
+    values = section_of(values, origin)
     for key in values:
         if key not in known:
             hint = catalog.near(key, known)
@@ -237,7 +187,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
     cls = catalog.load("method", method["name"])
     settings = SECTIONS | {"sample": SAMPLES[cls.kind()]}
     sections = {key: parse(of, values.get(key), f"{origin}: {key}") for key, of in settings.items()}
-    given_roles = _section(values.get("roles"), f"{origin}: roles")
+    given_roles = section_of(values.get("roles"), f"{origin}: roles")
     skills = list(sections["data"].skills or {})
     if skills and (cls.kind() != "answers" or cls.given):
         raise UserError(
@@ -251,7 +201,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig
         roles["average"] = parse(RoleSettings, average, f"{origin}: train.ema")
     elif "average" in given_roles:
         raise UserError(f"{origin}: roles.average: set train.ema, which keeps that role")
-    evaluate = _section(values.get("evaluate"), f"{origin}: evaluate")
+    evaluate = section_of(values.get("evaluate"), f"{origin}: evaluate")
     sections["tessy"] = _tessy(values.get("tessy"), f"{origin}: tessy")
     rewards = _rewards(values.get("rewards"), skills, origin)
     engine = _engine(values.get("engine"), cls.kind(), origin)
@@ -282,8 +232,8 @@ def _tessy(given: Any, origin: str) -> TessySettings | None:
     """Return the checked section ``tessy``; None where there is none."""
     if given is None:
         return None
-    values = _section(given, origin)
-    fit = _section(values.get("fit"), f"{origin}.fit")
+    values = section_of(given, origin)
+    fit = section_of(values.get("fit"), f"{origin}.fit")
     for part, name in ((values, "teacher"), (fit, "model")):
         if part.get(name):
             part[name] = _named(part, "family", origin, name)
@@ -337,22 +287,13 @@ def _roles(
     roles = {}
     for name, default in known.items():
         where = f"{origin}: roles.{name}"
-        values = {**default, **_section(given.get(name), where)}
+        values = {**default, **section_of(given.get(name), where)}
         if values.get("family") is not None:
             values["family"] = _named(values, "family", where)
         if values.get("adapter") == "shadow" or values.get("shadow") is not None:
             values["shadow"] = parse(ShadowSettings, values.get("shadow"), f"{where}.shadow")
         roles[name] = parse(RoleSettings, values, where)
     return roles
-
-
-def _section(value: Any, where: str) -> dict[str, Any]:
-    """Return the keys and values of one section; nothing given is an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}: expected keys and values, got {value!r}")
-    return {str(key): item for key, item in value.items()}
 
 
 def _named(
@@ -372,103 +313,6 @@ def _named(
     options = {k: v for k, v in given.items() if k not in fixed}
     checked = parse_options(cls, options, f"{origin}: {section}")
     return fixed | checked
-
-
-def options_model(cls: type) -> type[BaseModel]:
-    """Return a strict pydantic model of the fields with a default of a dataclass."""
-    hints = get_type_hints(cls, include_extras=True)
-    notes = attribute_notes(cls)
-    definitions: dict[str, Any] = {}
-    default: dict[str, Any]
-    for item in fields(cls):
-        if item.default is not MISSING:
-            default = {"default": item.default}
-        elif item.default_factory is not MISSING:
-            default = {"default_factory": item.default_factory}
-        else:
-            continue
-        smallest = _smallest(item.name, hints[item.name])
-        info = Field(description=notes.get(item.name), ge=smallest, **default)
-        definitions[item.name] = (hints[item.name], info)
-    return create_model(
-        cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **definitions
-    )
-
-
-def _smallest(name: str, hint: Any) -> int | None:
-    """Return 1 for a whole number that is a count or a period by its name."""
-    named = name.startswith("num_") or name.endswith("_every")
-    return 1 if named and hint in (int, int | None) else None
-
-
-def attribute_notes(cls: type) -> dict[str, str]:
-    """Return the description of each field from the "Attributes:" parts of the docstrings."""
-    notes: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        _, _, part = cleandoc(base.__doc__ or "").partition("Attributes:\n")
-        pairs = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", part, flags=re.MULTILINE)
-        notes |= {name: " ".join(text.split()) for name, text in pairs}
-    return notes
-
-
-def parse_options(cls: type, values: Any, where: str) -> dict[str, Any]:
-    """Return all options of ``cls`` as a dictionary, checked, with defaults filled in."""
-    values = _section(values, where)
-    model = options_model(cls)
-    try:
-        return dict(model(**values))
-    except ValidationError as error:
-        raise UserError(_explain(error, where, model)) from None
-
-
-def parse(cls: type, values: Any, where: str) -> Any:
-    """Return an instance of the settings class ``cls`` from checked values."""
-    return cls(**parse_options(cls, values, where))
-
-
-def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """Return the first problem of a validation error in one line."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
-    if problem["type"] == "extra_forbidden":
-        known = model.model_fields
-        return f"{where}.{key}: unknown key{catalog.near(key, known)}; {catalog.listing(known)}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}.{key}: {problem['msg']}, got {problem['input']!r}{more}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: expected sections of keys and values, got {type(values).__name__}"
-        )
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set what an override ``section.key=value`` says.
-
-    Raises:
-        UserError: If it cannot be read, or a section is none.
-    """
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"override {override!r}: expected section.key=value")
-    *parents, key = dotted.removeprefix("--").split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise UserError(f"override {override!r}: {parent!r} is not a section")
-    try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: not valid YAML: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from diffdistill import catalog
 from diffdistill.data.dataset import resolve
 from diffdistill.data.questions import of_skills
+from diffdistill.family_building import resolve_model
 from diffdistill.pipelines.server import Server
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
@@ -27,7 +28,7 @@ from diffdistill.provenance.sources import (
 from diffdistill.provenance.terms import check_stated, enforce, judged
 from diffdistill.roles import Role
 from diffdistill.runs import versions
-from diffdistill.session import Session, resolve_model
+from diffdistill.session import Session
 
 LIBRARIES = {"pictures": "diffusers", "texts": "transformers", "answers": "transformers"}
 PLAIN = re.compile(r"[\w.:+-][\w.:+/-]{0,39}")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diffdistill import catalog
-from diffdistill.config import RunConfig, apply_override, parse, parse_config, read_values
+from diffdistill.config import RunConfig, parse_config
+from diffdistill.config_files import apply_override, read_values
 from diffdistill.errors import UserError
+from diffdistill.options import parse
 from diffdistill.stage_gates import MeasureSettings, StageSettings
 
 REFERENCE = "stage:"

@@ -16,7 +16,8 @@ CHECK = """
 import diffdistill
 from diffdistill import catalog
 from diffdistill.bundled import bundled
-from diffdistill.config import bundled_configs, load_config
+from diffdistill.config import load_config
+from diffdistill.config_files import bundled_configs
 
 assert "site-packages" in diffdistill.__file__, diffdistill.__file__
 count = 0

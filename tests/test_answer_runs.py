@@ -321,7 +321,7 @@ def test_a_reward_of_answers_is_refused_where_pictures_are_made() -> None:
         "data": {"path": "nowhere"},
         "rewards": "tests.answer_run:Length",
     }
-    from diffdistill.session import build_reward
+    from diffdistill.reward_building import build_reward
 
     with pytest.raises(
         UserError, match="Length judges answers, and method stream-r1 makes images and videos"

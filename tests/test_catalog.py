@@ -57,11 +57,13 @@ def test_an_address_that_leads_nowhere_is_an_error_that_names_it(address: str) -
 def test_other_packages_add_names_through_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(group: str) -> Any:
         if group == "diffdistill.methods":
-            return [EntryPoint("theirs", "diffdistill.methods.sft:SFT", group)]
+            return [EntryPoint(n, "diffdistill.methods.sft:SFT", group) for n in ("theirs", "opd")]
         return entry_points(group=group)
 
     monkeypatch.setattr(catalog, "entry_points", found)
     assert catalog.load("method", "theirs") is SFT
+    assert catalog.load("method", "opd") is not SFT
+    assert catalog.names("method")["opd"] == catalog.METHODS["opd"]
     assert "theirs" not in catalog.names("family")
     assert "sft" in catalog.names("method")
 

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import yaml
 
-from diffdistill import config
-from diffdistill.config import RunConfig, bundled_configs, load_config, parse_config
+from diffdistill import config, config_files
+from diffdistill.config import RunConfig, load_config, parse_config
+from diffdistill.config_files import bundled_configs
 from diffdistill.errors import UserError
+from diffdistill.options import options_model
 from diffdistill.role_settings import RoleSettings
 
 
@@ -190,7 +192,7 @@ def test_bundled_configs_are_found_by_name_and_listed_without_those_of_accelerat
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir()
         path.write_text(yaml.safe_dump(values(train={"steps": 77})))
-    monkeypatch.setattr(config, "CONFIGS", tmp_path)
+    monkeypatch.setattr(config_files, "CONFIGS", tmp_path)
     assert bundled_configs() == ["digits/sft", "image/klein"]
     assert load_config("digits/sft").train.steps == 77
     assert load_config("digits/sft.yaml").train.steps == 77
@@ -210,5 +212,5 @@ def test_every_bundled_config_is_valid() -> None:
 
 def test_every_option_of_a_section_has_a_description() -> None:
     for cls in (*config.SECTIONS.values(), RoleSettings):
-        fields = config.options_model(cls).model_fields
+        fields = options_model(cls).model_fields
         assert [name for name, f in fields.items() if not f.description] == []

@@ -8,7 +8,8 @@ import pytest
 import typer.main
 
 from diffdistill.cli import _resume_alone, app
-from diffdistill.config import bundled_configs, bundled_pipelines, load_config
+from diffdistill.config import load_config
+from diffdistill.config_files import bundled_configs, bundled_pipelines
 from diffdistill.stages import load_pipeline
 
 ROOT = Path(__file__).parents[1]

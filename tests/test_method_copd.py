@@ -22,7 +22,8 @@ from diffdistill.errors import UserError
 from diffdistill.merging import mean_weights
 from diffdistill.projection import dense
 from diffdistill.question_feed import question_batches, seen_questions
-from diffdistill.session import build, build_answer_reward, questions
+from diffdistill.reward_building import build_answer_reward
+from diffdistill.session import build, questions
 from diffdistill.text.copd import CoPD, PhaseStarts
 from diffdistill.text.grpo import GRPO
 from diffdistill.types import Example

@@ -7,17 +7,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from diffdistill import catalog
-from diffdistill.config import (
-    SAMPLES,
-    SECTIONS,
-    attribute_notes,
-    bundled_configs,
-    bundled_pipelines,
-    options_model,
-)
+from diffdistill.config import SAMPLES, SECTIONS
+from diffdistill.config_files import bundled_configs, bundled_pipelines
 from diffdistill.errors import UserError
 from diffdistill.evaluation.few_step import EvaluateSettings
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings, TextEvaluateSettings
+from diffdistill.options import attribute_notes, options_model
 from diffdistill.role_settings import RoleSettings
 from diffdistill.tessy_settings import FitSettings, TessySettings
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from diffdistill import catalog
 from diffdistill.errors import UserError
+from diffdistill.family_building import resolve_model
 from diffdistill.pipelines import conversion, loading
-from diffdistill.session import resolve_model
 
 CONVERSIONS: dict[str, Any] = {
     "bd3lm": conversion.to_block_diffusion,

@@ -18,7 +18,8 @@ from diffdistill.evaluation.vbench import NUM_VIDEOS, Order, write_videos
 from diffdistill.evaluation.video import Sampling, VideoRow, chosen_prompts, make_scene, video
 from diffdistill.method import Kind
 from diffdistill.sampling import makes_videos
-from diffdistill.session import KINDS, Session
+from diffdistill.session import Session
+from diffdistill.session_checks import KINDS
 
 SUITES: dict[Kind, tuple[str, ...]] = {
     "pictures": ("few-step", "video", "vbench"),

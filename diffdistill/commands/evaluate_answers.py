@@ -10,16 +10,17 @@ from typing import Any
 
 from diffdistill.checkpoints import write_atomic
 from diffdistill.commands.sessions import models, open_session, render
-from diffdistill.config import parse
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.questions import read_questions
 from diffdistill.data.settings import DataSettings
 from diffdistill.errors import UserError
 from diffdistill.evaluation.answers import Average, examine
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
+from diffdistill.options import parse
+from diffdistill.reward_building import build_answer_reward
 from diffdistill.runs import versions
 from diffdistill.sampling import inference
-from diffdistill.session import Session, build_answer_reward
+from diffdistill.session import Session
 from diffdistill.types import Example
 
 

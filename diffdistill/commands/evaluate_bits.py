@@ -7,12 +7,12 @@ from pathlib import Path
 
 from diffdistill.checkpoints import write_atomic
 from diffdistill.commands.sessions import models, open_session, render
-from diffdistill.config import parse
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.texts import read_texts
 from diffdistill.errors import UserError
 from diffdistill.evaluation.bits import Bits, bits_per_byte
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
+from diffdistill.options import parse
 from diffdistill.pipelines.text_rows import Reading
 from diffdistill.sampling import inference
 

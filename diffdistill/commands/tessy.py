@@ -9,7 +9,8 @@ from typing import Any
 from diffdistill.commands.sessions import render
 from diffdistill.config import load_config
 from diffdistill.errors import UserError
-from diffdistill.session import build_answer_reward, default_device
+from diffdistill.reward_building import build_answer_reward
+from diffdistill.session import default_device
 from diffdistill.synthesis.building import Workshop, open_workshop
 from diffdistill.synthesis.fitting import fit_predictors
 from diffdistill.synthesis.samples import about, write_samples

@@ -19,8 +19,9 @@ from diffdistill.evaluation.text_settings import check_evaluate
 from diffdistill.feeding import Feed, open_feed
 from diffdistill.lineage import at_step, check_provenance, papers, run_record
 from diffdistill.pictures import Painter
+from diffdistill.reward_building import load_rewards
 from diffdistill.runs import check_fresh, claimed, write_versions
-from diffdistill.session import Session, build, check_servers, load_rewards
+from diffdistill.session import Session, build, check_servers
 from diffdistill.tracking import Tracker
 from diffdistill.trainer import Trainer
 from diffdistill.transcripts import Scribe

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from scipy import stats
 from torch import Tensor
 
-from diffdistill.config import parse
+from diffdistill.options import parse
 from diffdistill.protocols import Model
 from diffdistill.sampling import Encoded, at_once, generate
 from diffdistill.session import Session

@@ -14,9 +14,10 @@ from diffdistill.evaluation.answers import examine
 from diffdistill.evaluation.means import Means
 from diffdistill.evaluation.subject import first_questions, subject_of
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
+from diffdistill.reward_building import build_answer_reward
 from diffdistill.roles import Role
 from diffdistill.sampling import base_role, inference
-from diffdistill.session import Session, build, build_answer_reward
+from diffdistill.session import Session, build
 from diffdistill.stage_gates import MeasureSettings
 from diffdistill.supports import TopK
 

@@ -14,9 +14,10 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.questions import Questions
 from diffdistill.projection import Prediction, prediction_rows, with_rows
+from diffdistill.reward_building import build_answer_reward
 from diffdistill.roles import Role
 from diffdistill.rollouts import Answers
-from diffdistill.session import Session, build_answer_reward, questions
+from diffdistill.session import Session, questions
 from diffdistill.supports import TopK
 from diffdistill.text.answering import Answering, Attempt
 from diffdistill.text.sdpo import SDPO

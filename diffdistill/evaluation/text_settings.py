@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
 
-from diffdistill.config import RunConfig, parse
+from diffdistill.config import RunConfig
 from diffdistill.evaluation.few_step import parse_settings
+from diffdistill.options import parse
 from diffdistill.sample_settings import AnswerSampleSettings, TextSampleSettings
 
 

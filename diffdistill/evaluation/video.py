@@ -16,6 +16,7 @@ from diffdistill.evaluation.few_step import EvaluateSettings, confidence_interva
 from diffdistill.evaluation.groups import chosen_examples, commonest_size, read_prompts
 from diffdistill.evaluation.moving_digits import NUM_FEATURES, SIZE, MovingDigitsJudge, unrest
 from diffdistill.protocols import Reward
+from diffdistill.reward_building import build_reward
 from diffdistill.rewards.digits_video import parse_caption
 from diffdistill.roles import Role
 from diffdistill.sampling import (
@@ -27,7 +28,7 @@ from diffdistill.sampling import (
     inference,
     with_frames,
 )
-from diffdistill.session import Session, build_reward
+from diffdistill.session import Session
 from diffdistill.streams import Timing, now, num_blocks, stream, streaming_family, streams, timed
 
 

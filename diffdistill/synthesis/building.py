@@ -14,6 +14,7 @@ from diffdistill.data.problems import Problem, settle
 from diffdistill.data.questions import read_questions
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.family_building import asking_of, build_family, resolve_model
 from diffdistill.pipelines.boundary import Boundary
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.loading import identity
@@ -21,7 +22,6 @@ from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.writing import Format, LocalWriter, ServedWriter, Writer
 from diffdistill.rollouts import Sampling
-from diffdistill.session import asking_of, build_family, resolve_model
 from diffdistill.synthesis.cooperation import AUTHORS, Cooperation
 from diffdistill.synthesis.drafts import PLANS
 from diffdistill.tessy_settings import TessySettings

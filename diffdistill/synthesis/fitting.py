@@ -9,10 +9,10 @@ from pathlib import Path
 from diffdistill.boundaries import Author
 from diffdistill.checkpoints import write_atomic
 from diffdistill.errors import UserError
+from diffdistill.family_building import asking_of, resolve_model
 from diffdistill.pipelines.boundary_fitting import Annotated, Fit, Fitted, fit
 from diffdistill.pipelines.loading import locate
 from diffdistill.pipelines.writing import Writer
-from diffdistill.session import asking_of, resolve_model
 from diffdistill.synthesis.annotating import by_model, by_rule, given, segments_of
 from diffdistill.synthesis.building import Workshop, writer_of
 from diffdistill.synthesis.cooperation import AUTHORS, Cooperation

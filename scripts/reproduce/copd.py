@@ -42,8 +42,9 @@ from diffdistill.data.questions import read_questions
 from diffdistill.data.settings import DataSettings
 from diffdistill.evaluation.answers import examine
 from diffdistill.evaluation.text_settings import AnswerEvaluateSettings
+from diffdistill.reward_building import build_answer_reward
 from diffdistill.roles import Role
-from diffdistill.session import Session, build, build_answer_reward
+from diffdistill.session import Session, build
 from diffdistill.types import Example
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 Trains the bundled `arithmetic-student` in the 2^3 cells of {full solution, learned exposure} x {no
 gate, gate} x {the teacher, 1.15 beyond it, guarded}, the first of which is OPSD, and with four
-controls of the whole: a fixed exposure, a random one, an unguarded strength, and a gate on the target.
+controls of the whole: fixed and random exposures, an unguarded strength, a gate on the target.
 Gates and strengths change the size of gradients, so the weight of each arm's loss is set such that
 its mean gradient norm, measured first without training, is OPSD's. AdamW divides that out again
 but for the clip at 1; how far the weights moved is in the tables.
