@@ -5,19 +5,31 @@ a method may back-propagate several losses into several roles of one network per
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffdistill.errors import UserError
 
 BUCKET_BYTES = 256 * 2**20
 
 
 class Distributed:
-    """The processes of this run: one, several with copies, or several with shards (FSDP2)."""
+    """The processes of this run: one, several with copies, or several with shards (FSDP2).
+
+    Attributes:
+        rank: The number of this process.
+        world: How many there are.
+        main: Whether this one writes files.
+        sharded: Whether networks are spread over them.
+        parts: How many neighbouring processes read the same micro-batches, each for a part of the
+            losses.
+    """
 
     def __init__(self) -> None:
         self.accelerator = Accelerator()
@@ -25,6 +37,43 @@ class Distributed:
         self.world: int = self.accelerator.num_processes
         self.main: bool = self.accelerator.is_main_process
         self.sharded: bool = self.accelerator.is_fsdp2
+        self.parts = 1
+
+    @property
+    def part(self) -> int:
+        """Return which part of the losses this process has."""
+        return self.rank % self.parts
+
+    @property
+    def reader(self) -> int:
+        """Return the number of the processes that read what this one reads."""
+        return self.rank // self.parts
+
+    @property
+    def readers(self) -> int:
+        """Return how many micro-batches are read at a time."""
+        return self.world // self.parts
+
+    def divide(self, parts: int) -> None:
+        """Divide the losses of a batch among so many processes; one process has all of them.
+
+        Raises:
+            UserError: If the processes cannot be divided so.
+        """
+        if self.world == 1 or parts == 1:
+            return
+        if self.sharded:
+            raise UserError(
+                "the losses of a batch are divided among processes, and all of these must run a "
+                "sharded network together: launch with configs/accelerate/ddp.yaml"
+            )
+        if self.world % parts:
+            enough = parts * math.ceil(self.world / parts)
+            raise UserError(
+                f"the losses of a batch are divided among {parts} processes, and {self.world} are "
+                f"no multiple of that: launch with --num_processes {enough}"
+            )
+        self.parts = parts
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +137,10 @@ class Distributed:
         if self.world > 1:
             stacked = self.accelerator.reduce(stacked, "sum")
         return dict(zip(values, stacked.tolist(), strict=True))
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """Return the names of all ranks, each once, in one order."""
+        return list(dict.fromkeys(gather_object(list(names)) if self.world > 1 else names))
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the values ``[n]`` of all ranks, one after the other; n may differ."""

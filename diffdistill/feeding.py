@@ -42,7 +42,7 @@ class Feed(NamedTuple):
 
     def after(self, samples: int, session: Session, distributed: Distributed) -> Generator[Batch]:
         """Return this rank's batches, after those that ``samples`` were drawn for on all ranks."""
-        size = session.config.data.batch_size * distributed.world
+        size = session.config.data.batch_size * distributed.readers
         return self.batches(math.ceil(samples / size))
 
 
@@ -169,7 +169,7 @@ def _sparingly(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
 def _order(
     session: Session, alike: Sequence[object], distributed: Distributed, start: int
 ) -> Iterator[MicroBatch]:
-    return stream_of(session, alike).for_rank(distributed.rank, distributed.world, start)
+    return stream_of(session, alike).for_rank(distributed.reader, distributed.readers, start)
 
 
 def _packed(
@@ -201,7 +201,7 @@ def _rows(encoded: Encoded, pair: TextRows[Any]) -> dict[Reader, Row]:
 
 def _streamed(session: Session, pair: TextRows[Any], distributed: Distributed) -> Feed:
     """Return texts that are read and encoded as they are needed."""
-    data, rank, world = session.config.data, distributed.rank, distributed.world
+    data, rank, world = session.config.data, distributed.reader, distributed.readers
     texts = telling(endless_texts(data, session.config.train.seed), pair)
 
     def encode(group: Group[Example]) -> Batch:

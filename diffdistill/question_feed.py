@@ -53,7 +53,7 @@ def question_batches(session: Session, family: Questions, distributed: Distribut
 
     def batches(start: int) -> Generator[Batch]:
         stream = stream_of(session, dataset.groups)
-        order = stream.for_rank(distributed.rank, distributed.world, start)
+        order = stream.for_rank(distributed.reader, distributed.readers, start)
         return prefetched(order, make, family.device)
 
     return batches
@@ -147,7 +147,7 @@ def _streamed(
         return family.collate(group.items, group.ids)
 
     def batches(start: int) -> Generator[Batch]:
-        where = {"rank": distributed.rank, "world": distributed.world, "start": start}
+        where = {"rank": distributed.reader, "world": distributed.readers, "start": start}
         return prefetched(groups(examples, data.batch_size, **where), collate, family.device)
 
     return batches
@@ -173,7 +173,9 @@ def _of_skills(
 
     def batches(start: int) -> Generator[Batch]:
         orders = [
-            stream_of(session, dataset.groups).for_rank(distributed.rank, distributed.world, start)
+            stream_of(session, dataset.groups).for_rank(
+                distributed.reader, distributed.readers, start
+            )
             for dataset in sets.values()
         ]
         return prefetched(zip(*orders, strict=True), make, family.device)

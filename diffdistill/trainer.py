@@ -52,11 +52,19 @@ class Sums:
 
     def means(self, distributed: Distributed) -> tuple[dict[str, float], dict[str, float]]:
         """Return the count-weighted mean of each value over all ranks, and the counts."""
+        if distributed.parts > 1:
+            self._include(distributed.union(self.counts), distributed.device)
         values = distributed.total(self.values)
         counts = distributed.total(
             {n: torch.tensor(c, device=distributed.device) for n, c in self.counts.items()}
         )
         return {name: values[name] / counts[name] for name in values}, counts
+
+    def _include(self, names: Sequence[str], device: torch.device) -> None:
+        """Count what only other ranks have, in the order in which all do."""
+        nothing = torch.zeros((), device=device)
+        self.values = {name: self.values.get(name, nothing) for name in names}
+        self.counts = {name: self.counts.get(name, 0.0) for name in names}
 
 
 class Trainer:
@@ -106,16 +114,19 @@ class Trainer:
         metrics |= self._update(progress, metrics, totals)
         self.step += 1
         batch_size = self.session.config.data.batch_size
-        self.samples += self.distributed.world * self.settings.accumulate * batch_size
+        self.samples += self.distributed.readers * self.settings.accumulate * batch_size
         metrics["seconds"] = time.perf_counter() - started
         metrics["peak_memory_gib"] = peak_memory(self.session.device) / 2**30
         return metrics
 
     def _looked_ahead(self) -> tuple[Iterator[Batch], Progress]:
         """Return the micro-batches of a step, and what the method must know of all of them."""
-        method, progress = self.session.method, Progress(self.step, self.settings.steps)
+        method, distributed = self.session.method, self.distributed
+        progress = Progress(
+            self.step, self.settings.steps, part=distributed.part, parts=distributed.parts
+        )
         counts = type(method).counts is not Method.counts
-        several = self.settings.accumulate * self.distributed.world > 1
+        several = self.settings.accumulate * distributed.world > 1
         pools = several and method.pools()  # one micro-batch is its own pool
         if not counts and not pools:
             return self.batches, progress

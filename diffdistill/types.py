@@ -122,12 +122,16 @@ class Progress(NamedTuple):
         total: Those of the whole run.
         counts: What ``Method.counts`` comes to over all micro-batches and ranks of this step.
         pools: What ``Method.survey`` returned of all micro-batches and ranks of this step.
+        part: Which part of the batch's losses is asked for (see ``Method.parts``).
+        parts: Of so many.
     """
 
     step: int
     total: int
     counts: Mapping[str, float] = {}
     pools: Mapping[str, Tensor] = {}
+    part: int = 0
+    parts: int = 1
 
     @property
     def fraction(self) -> float:

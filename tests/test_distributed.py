@@ -11,9 +11,12 @@ import torch
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
+from diffdistill.distributed import Distributed
+from diffdistill.errors import UserError
 from tests.answer_run import answer_values, save_answer_world
 from tests.given_run import save_given_world
 from tests.test_given_runs import given_values
+from tests.test_method_copd import LORA, copd_values, save_skills
 from tests.text_run import save_world, text_values
 from tests.tiny_streams import stream_values
 from tests.toy_run import losses, make_data, toy_values
@@ -137,6 +140,50 @@ def test_two_ranks_answer_and_learn_as_one_does(
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [LORA, {}], ids=["adapters of one base", "networks"])
+def test_experts_in_a_process_each_become_what_they_become_in_one(
+    form: dict[str, Any], tmp_path: Path
+) -> None:
+    world = save_skills(tmp_path / "world")
+    method = {"placement": "groups", "watch_every": 2, "snapshot": "phase"}
+    values = copd_values(world, form, method=method, train={"steps": 4, "save_every": 2})
+    train(parse_config(values), tmp_path / "one")
+    printed = two_ranks("ddp", values, tmp_path / "two")
+    assert printed.startswith("exit 0"), printed
+    assert two_ranks("ddp", values, tmp_path / "two", "step-000002").startswith("exit 0")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    for first, second in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert first.keys() == second.keys()
+        told = [key for key in first if key.endswith(("/sums", "/words"))]
+        assert "reward/words" in told
+        assert [second[key] for key in told] == pytest.approx(
+            [first[key] for key in told], rel=1e-3, abs=1e-5
+        )
+
+
+@pytest.mark.slow
+def test_experts_in_groups_of_processes_are_not_sharded(tmp_path: Path) -> None:
+    values = copd_values(save_skills(tmp_path / "world"), method={"placement": "groups"})
+    printed = two_ranks("fsdp2", values, tmp_path / "run")
+    assert "launch with configs/accelerate/ddp.yaml" in printed
+
+
+def test_the_number_of_processes_is_a_multiple_of_that_of_parts() -> None:
+    distributed = Distributed()
+    distributed.divide(3)
+    assert (distributed.parts, distributed.readers) == (1, 1)  # one process has all parts
+    distributed.world, distributed.rank = 4, 3
+    with pytest.raises(UserError, match="launch with --num_processes 6"):
+        distributed.divide(3)
+    distributed.divide(2)
+    assert (distributed.part, distributed.reader, distributed.readers) == (1, 1, 2)
 
 
 @pytest.mark.slow

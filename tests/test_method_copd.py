@@ -233,7 +233,12 @@ def test_the_mean_of_adapters_is_the_mean_of_their_updates() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_answer_world(tmp_path_factory.mktemp("copd"))
+    return save_skills(tmp_path_factory.mktemp("copd"))
+
+
+def save_skills(folder: Path) -> Path:
+    """Save a tiny model and the questions of two skills, and return the folder."""
+    save_answer_world(folder)
     rows = [{**row, "solution": None} for row in reversed(ROWS)]
     (folder / "words.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
@@ -289,6 +294,18 @@ def test_experts_that_teach_each_other_differ_from_those_that_do_not(
     assert ["gap/sums" in line for line in lines] == [False, True, False, True]
     assert "symmetric_kl/words" in lines[0]
     assert lines[0]["symmetric_kl/words"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_experts_are_divided_among_processes_that_have_a_part_each() -> None:
+    method, batch = make(networks(0, 1), placement="groups"), batch_of()
+    assert method.parts() == 2
+    parts = [list(method.losses(batch, SHARED._replace(part=i, parts=2))) for i in (0, 1)]
+    assert [[loss.role for loss in part] for part in parts] == [["sums"], ["words"]]
+    whole = list(method.losses(batch, SHARED))
+    assert [loss.value.item() for part in parts for loss in part] == [
+        loss.value.item() for loss in whole
+    ]
+    assert make(networks(0, 1)).parts() == 1
 
 
 def test_copies_teach_from_the_start_of_a_phase_and_a_run_goes_on_with_them(

@@ -91,6 +91,7 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     """Return the run, at its checkpoint if one is resumed."""
     check_evaluate(config)
     session = build(config, distributed.device)
+    distributed.divide(session.method.parts())
     if open_obligations := check_provenance(session):
         _say(distributed, open_obligations)
     check_servers(session)

@@ -60,6 +60,8 @@ class CoPD(Rewarded):
             which needs a copy of each expert. In either case all experts' are of the same moment.
         watch_every: Steps between measurements of how close peers are to an expert, at its own
             answers (Overlap@10 and the symmetric KL); null measures nothing.
+        placement: Which of several processes train an expert: all of them, in turn (``shared``),
+            or a group of its own (``groups``). Each has all experts' weights, which peers need.
     """
 
     roles: ClassVar = {"student": {"weights": "mean"}}
@@ -73,6 +75,7 @@ class CoPD(Rewarded):
     topology: Literal["hub", "all"] = "hub"
     snapshot: Literal["step", "phase"] = "step"
     watch_every: int | None = 10
+    placement: Literal["shared", "groups"] = "shared"
 
     @classmethod
     def experts(
@@ -141,6 +144,10 @@ class CoPD(Rewarded):
         starts = PhaseStarts(self.rewarded_steps % self.cycle, self.cycle)
         return {f"{name}{BEFORE}": starts for name in self._experts}
 
+    def parts(self) -> int:
+        """Return the number of experts, if each has a group of processes."""
+        return len(self._experts) if self.placement == "groups" else 1
+
     def peers_of(self, name: str) -> list[str]:
         """Return the names of the experts that an expert learns from."""
         hub, *spokes = self._experts
@@ -151,8 +158,9 @@ class CoPD(Rewarded):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss for each expert: of its answers to its own questions, and to peers'."""
         questions = self.family.by_skill(batch)
-        for name in self._experts:
-            yield self._loss(name, questions, progress)
+        for index, name in enumerate(self._experts):
+            if index % progress.parts == progress.part:
+                yield self._loss(name, questions, progress)
 
     def _loss(self, name: str, questions: Mapping[str, Batch], progress: Progress) -> Loss:
         """Return an expert's loss, whose mean is that of its own answers."""
