@@ -4,23 +4,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
-from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.causal_sampling import at_rest
 from diffdistill.pipelines.engines import (
+    Asked,
     Engine,
     Written,
     answers_of_rows,
     check_whole,
-    row_seeds,
 )
-from diffdistill.pipelines.prompts import bare_prompts
 from diffdistill.rollouts import Actor, Answers, Sampling
-from diffdistill.types import Condition
 
 
 @dataclass(kw_only=True)
@@ -57,22 +53,12 @@ class Continuous(Engine):
         """Refuse a transformers without it."""
         _settings_class()
 
-    def answers(
-        self,
-        family: CausalLM,
-        student: Actor,
-        condition: Condition,
-        ids: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        *,
-        purpose: str,
-    ) -> Answers:
+    def answers(self, family: CausalLM, student: Actor, asked: Asked) -> Answers:
         """Return an answer to each prompt, without dropout."""
         check_whole(student, "continuous")
         settings = _settings_class()(
             return_logprobs=True,
-            seed=row_seeds(draws, purpose, ids[:1])[0],
+            seed=asked.seeds[0],
             max_memory_percent=self.memory_share,
             max_batch_tokens=self.batch_tokens,
         )
@@ -80,17 +66,17 @@ class Continuous(Engine):
         devices = [network.device] if network.device.type == "cuda" else []
         with at_rest(network), torch.random.fork_rng(devices=devices):
             found = network.generate_batch(
-                bare_prompts(condition),
-                generation_config=_generation(family, sampling),
+                asked.prompts,
+                generation_config=_generation(family, asked.sampling),
                 continuous_batching_config=settings,
             )
         rows = [_written(answer) for answer in found.values()]
-        if len(rows) < len(ids):
+        if len(rows) < len(asked.ids):
             raise UserError(
-                f"transformers' continuous batching gave {len(rows)} answers to {len(ids)} "
+                f"transformers' continuous batching gave {len(rows)} answers to {len(asked.ids)} "
                 "prompts; its log says why: set engine: transformers, or engine.memory_share"
             )
-        return answers_of_rows(rows, family, sampling)
+        return answers_of_rows(rows, family, asked.sampling)
 
 
 def _generation(family: CausalLM, sampling: Sampling) -> GenerationConfig:

@@ -16,11 +16,40 @@ from torch.distributed.tensor import DTensor
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.prompts import bare_prompts
 from diffdistill.rollouts import Actor, Answers, Sampling
 from diffdistill.types import Condition
 
 SEEDS = 2**31 - 1
 """Seeds of rows are below it; every engine takes such a number."""
+
+
+class Asked(NamedTuple):
+    """What an engine is asked for.
+
+    Attributes:
+        condition: The prompts, as of ``prompts.prompt_condition``.
+        ids: The number of each row, ``[B]``.
+        sampling: How tokens are sampled.
+        draws: Random numbers.
+        purpose: What they are for.
+    """
+
+    condition: Condition
+    ids: Tensor
+    sampling: Sampling
+    draws: Draws
+    purpose: str
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return bare_prompts(self.condition)
+
+    @property
+    def seeds(self) -> list[int]:
+        """A seed for each row, by which an answer is that of its number."""
+        return [self.draws.integer(self.purpose, n, SEEDS) for n in self.ids.tolist()]
 
 
 class Engine(ABC):
@@ -35,27 +64,13 @@ class Engine(ABC):
     adapters: ClassVar[tuple[str, ...]] = ("lora", "dora", "shadow")
 
     @abstractmethod
-    def answers(
-        self,
-        family: CausalLM,
-        student: Actor,
-        condition: Condition,
-        ids: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        *,
-        purpose: str,
-    ) -> Answers:
+    def answers(self, family: CausalLM, student: Actor, asked: Asked) -> Answers:
         """Return an answer of the student as it is now to each prompt.
 
         Args:
             family: The student's.
             student: Is acting, without a graph.
-            condition: Of ``prompts.prompt_condition``.
-            ids: The number of each row, ``[B]``.
-            sampling: How tokens are sampled.
-            draws: Random numbers.
-            purpose: What they are for.
+            asked: The prompts, and how they are answered.
         """
 
     def check(self) -> None:  # noqa: B027 - most are always there
@@ -70,19 +85,10 @@ class Engine(ABC):
 class Generate(Engine):
     """transformers' ``generate``: an answer depends on its row's number, not on its batch."""
 
-    def answers(
-        self,
-        family: CausalLM,
-        student: Actor,
-        condition: Condition,
-        ids: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        *,
-        purpose: str,
-    ) -> Answers:
+    def answers(self, family: CausalLM, student: Actor, asked: Asked) -> Answers:
         """Return an answer to each prompt; see ``causal_sampling``."""
-        return family.sample(student.network, condition, ids, sampling, draws, purpose=purpose)
+        told, ids, sampling, draws, purpose = asked
+        return family.sample(student.network, told, ids, sampling, draws, purpose=purpose)
 
 
 class Written(NamedTuple):
@@ -122,11 +128,6 @@ def answers_of_rows(rows: Sequence[Written], family: CausalLM, sampling: Samplin
             logprobs[index, :length] = torch.tensor(row.logprobs)
     ended = torch.tensor([len(row.tokens) > 0 and row.tokens[-1] in ends for row in kept])
     return Answers(*(x.to(family.device) for x in (tokens, mask, logprobs, ended)))
-
-
-def row_seeds(draws: Draws, purpose: str, ids: Tensor) -> list[int]:
-    """Return a seed for each row, by which an engine's answer is that of its number."""
-    return [draws.integer(purpose, number, SEEDS) for number in ids.tolist()]
 
 
 def check_whole(student: Actor, engine: str) -> None:

@@ -12,7 +12,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.exposures import reveal
 from diffdistill.pipelines.causal_lm import CausalLM
-from diffdistill.pipelines.engines import Engine, Generate
+from diffdistill.pipelines.engines import Asked, Engine, Generate
 from diffdistill.pipelines.prompts import prompt_condition, prompt_tokens
 from diffdistill.pipelines.token_family import TokenFamily, located
 from diffdistill.rollouts import Actor, Answers, Sampling, Solutions
@@ -143,9 +143,8 @@ class Questions:
         told = self.condition(batch, reader=reader)
         engine = self.engine if reader == "student" else Generate()
         with torch.no_grad(), actor.acting(self.device):
-            return engine.answers(
-                family, actor, told, batch["ids"], sampling, draws, purpose=purpose
-            )
+            asked = Asked(told, batch["ids"], sampling, draws, purpose)
+            return engine.answers(family, actor, asked)
 
     def given(self, batch: Batch) -> Answers:
         """Return the reference solutions, as the student would write them.

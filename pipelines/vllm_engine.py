@@ -1,29 +1,24 @@
 """The engine ``vllm``: vLLM in the training process, on the same device."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from diffdistill.draws import Draws
 from diffdistill.errors import MissingExtra, UserError
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.completions import PLAIN
 from diffdistill.pipelines.engines import (
+    Asked,
     Engine,
     Written,
     answers_of_rows,
     check_whole,
-    row_seeds,
 )
-from diffdistill.pipelines.prompts import bare_prompts
 from diffdistill.pipelines.student_weights import Handover, check_served
 from diffdistill.rollouts import Actor, Answers, Sampling
-from diffdistill.types import Condition
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the largest rank of an adapter."""
@@ -68,35 +63,20 @@ class Vllm(Engine):
         """Refuse where vLLM is not installed."""
         _vllm()
 
-    def answers(
-        self,
-        family: CausalLM,
-        student: Actor,
-        condition: Condition,
-        ids: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        *,
-        purpose: str,
-    ) -> Answers:
+    def answers(self, family: CausalLM, student: Actor, asked: Asked) -> Answers:
         """Return an answer to each prompt; rows have seeds of their own."""
         if self._running is None:
             check_whole(student, "vllm")
             check_served(family, "vllm")
-            self._running = _Running(self._started(family, student, draws.seed), self.sleep)
-        prompts = bare_prompts(condition)
+            self._running = _Running(self._started(family, student, asked.draws.seed), self.sleep)
         with self._running.awake():
             if self._handover.due(student):
                 with self._handover.written(family, student) as folder:
                     self._running.load(folder, adapter=student.adapter is not None)
-            rows = self._running.written(
-                prompts,
-                [
-                    {**_sampling(family, sampling), "seed": seed}
-                    for seed in row_seeds(draws, purpose, ids)
-                ],
-            )
-        return answers_of_rows(rows, family, sampling)
+            options = _sampling(family, asked.sampling)
+            seeded = [{**options, "seed": seed} for seed in asked.seeds]
+            rows = self._running.written(asked.prompts, seeded)
+        return answers_of_rows(rows, family, asked.sampling)
 
     def _started(self, family: CausalLM, student: Actor, seed: int) -> Any:
         """Return vLLM's ``LLM`` of the student's base."""
@@ -167,7 +147,9 @@ class _Running:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.llm.reset_prefix_cache()
 
-    def written(self, prompts: list[list[int]], sampling: list[Mapping[str, Any]]) -> list[Written]:
+    def written(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[Mapping[str, Any]]
+    ) -> list[Written]:
         """Return what it writes to each prompt."""
         found = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],

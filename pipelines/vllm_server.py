@@ -7,26 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
 from torch import distributed as dist
 
-from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.completions import PLAIN, Completions
 from diffdistill.pipelines.engines import (
+    Asked,
     Engine,
     Written,
     answers_of_rows,
     check_whole,
-    row_seeds,
 )
 from diffdistill.pipelines.json_server import JsonServer, Refused
-from diffdistill.pipelines.prompts import bare_prompts
 from diffdistill.pipelines.reaching import Reaching, is_address, model_at
 from diffdistill.pipelines.student_weights import Handover, check_served
 from diffdistill.rollouts import Actor, Answers, Sampling
-from diffdistill.types import Condition
 
 SURE = -1e-3
 """Of a token that was the only possible one, the log-probability as it was sampled is above it."""
@@ -80,34 +76,24 @@ class VllmServer(Reaching, Engine):
         """
         _ = self._base
 
-    def answers(
-        self,
-        family: CausalLM,
-        student: Actor,
-        condition: Condition,
-        ids: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        *,
-        purpose: str,
-    ) -> Answers:
+    def answers(self, family: CausalLM, student: Actor, asked: Asked) -> Answers:
         """Return an answer to each prompt; rows have seeds of their own."""
         check_whole(student, "vllm-server")
         check_served(family, "vllm-server")
         if self._handover.due(student):
             self._serving = self._handed_over(family, student)
         name = self._base if student.adapter is None else self._serving
-        asked = self._sampling(family, sampling)
+        options = self._sampling(family, asked.sampling)
         writer = Completions(
             self._server, name, "openai", top_k=1, words=family.words, named=_unnamed
         )
-        prompts = bare_prompts(condition)
-        self._test(writer, prompts[0], asked, sampling)
+        prompts = asked.prompts
+        self._test(writer, prompts[0], options, asked.sampling)
         rows = self.asked(
-            lambda row: Written(*writer.continued(row[0], {**asked, "seed": row[1]})),
-            list(zip(prompts, row_seeds(draws, purpose, ids), strict=True)),
+            lambda row: Written(*writer.continued(row[0], {**options, "seed": row[1]})),
+            list(zip(prompts, asked.seeds, strict=True)),
         )
-        return answers_of_rows(rows, family, sampling)
+        return answers_of_rows(rows, family, asked.sampling)
 
     @cached_property
     def _server(self) -> JsonServer:

@@ -16,7 +16,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import MissingExtra, UserError
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.continuous import Continuous
-from diffdistill.pipelines.engines import Engine, Generate, Written, answers_of_rows
+from diffdistill.pipelines.engines import Asked, Engine, Generate, Written, answers_of_rows
 from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.pipelines.student_weights import Handover, fingerprint
 from diffdistill.pipelines.vllm_engine import Vllm
@@ -81,9 +81,8 @@ def answered(
     rows = range(len(PROMPTS)) if rows is None else rows
     told = prompt_condition([PROMPTS[row] for row in rows], family)
     with torch.no_grad(), student.acting(CPU):
-        return engine.answers(
-            family, student, told, IDS[list(rows)], sampling, Draws(0), purpose="rollout"
-        )
+        asked = Asked(told, IDS[list(rows)], sampling, Draws(0), "rollout")
+        return engine.answers(family, student, asked)
 
 
 def logprobs_of(student: Role, family: CausalLM, answers: Answers, sampling: Sampling) -> Tensor:
