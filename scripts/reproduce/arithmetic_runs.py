@@ -28,6 +28,7 @@ from collecting import (
     row,
     save_results,
     values,
+    write_page,
 )
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -444,6 +445,4 @@ def publish(
         more: Further lines of the page.
     """
     draw(study, results, output)
-    reading = output / "reading.md"
-    by_hand = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    (output / "README.md").write_text(page(study, results, more) + by_hand, encoding="utf-8")
+    write_page(output, page(study, results, more))

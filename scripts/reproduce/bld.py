@@ -32,6 +32,7 @@ from collecting import (
     row,
     save_results,
     values,
+    write_page,
 )
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -289,9 +290,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = measured(arguments.output / "results.json", arguments)
     draw(results, arguments.output)
-    reading = arguments.output / "reading.md"
-    told = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    (arguments.output / "README.md").write_text(readme(results) + told, encoding="utf-8")
+    write_page(arguments.output, readme(results))
 
 
 if __name__ == "__main__":

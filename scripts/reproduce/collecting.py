@@ -97,3 +97,10 @@ def row(name: str, numbers: Sequence[str]) -> str:
 def header(titles: Sequence[str]) -> list[str]:
     """Return the first two rows of a table whose first column has no title."""
     return [row("", titles), "|---" * (len(titles) + 1) + "|"]
+
+
+def write_page(folder: Path, text: str) -> None:
+    """Write README.md: the page, and after it reading.md, which is written by hand."""
+    reading = folder / "reading.md"
+    by_hand = reading.read_text(encoding="utf-8") if reading.exists() else ""
+    (folder / "README.md").write_text(text + by_hand, encoding="utf-8")

@@ -31,6 +31,7 @@ from collecting import (
     row,
     save_results,
     values,
+    write_page,
 )
 from matplotlib.figure import Figure
 
@@ -245,10 +246,7 @@ def main() -> None:
     found = jobs(amount)
     collect(path, results, found, given.seeds, given.workers, ("both", *SKILLS))
     draw(results, list(found), given.output)
-    reading = given.output / "reading.md"
-    by_hand = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    text = page(results, list(found)) + by_hand
-    (given.output / "README.md").write_text(text, encoding="utf-8")
+    write_page(given.output, page(results, list(found)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from collecting import (
     open_results,
     row,
     save_results,
+    write_page,
 )
 from matplotlib.figure import Figure
 
@@ -145,9 +146,7 @@ def main() -> None:
     collect(path, results, job, given.seeds, given.workers, [f"{WHOLE}/score"])
     found = by_arm(results, load_pipeline(NAME).arms)
     draw(found, given.output)
-    reading = given.output / "reading.md"
-    by_hand = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    (given.output / "README.md").write_text(page(results, found) + by_hand, encoding="utf-8")
+    write_page(given.output, page(results, found))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from collecting import Arm, write_page
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -40,13 +41,6 @@ ROOT = Path(__file__).parents[2]
 TRAINED = ROOT / "samples" / "data" / "moving-digits-prompts.jsonl"
 HELD_OUT = ROOT / "samples" / "data" / "moving-digits-held-out.jsonl"
 UNWEIGHED = ["method.space_strength=0", "method.time_strength=0", "method.balance=0"]
-
-
-class Arm(NamedTuple):
-    """One rung of the ladder: a config, and how it differs."""
-
-    config: str
-    overrides: list[str]
 
 
 ARMS = {
@@ -289,9 +283,7 @@ def main() -> None:
     path = arguments.output / "results.json"
     results = collect(path, arguments.seeds, arguments.steps, arguments.workers)
     draw(results, arguments.output)
-    reading = arguments.output / "reading.md"
-    told = reading.read_text() if reading.exists() else ""
-    (arguments.output / "README.md").write_text(readme(results) + told)
+    write_page(arguments.output, readme(results))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from collecting import (
     row,
     save_results,
     values,
+    write_page,
 )
 from matplotlib.figure import Figure
 
@@ -210,9 +211,7 @@ def main() -> None:
     jobs = {name: partial(run, arm, steps, count) for name, arm in ARMS.items()}
     collect(path, results, jobs, seeds, given.workers, ("right", "answers", "switch"))
     draw(results, given.output)
-    reading = given.output / "reading.md"
-    by_hand = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    (given.output / "README.md").write_text(page(results) + by_hand, encoding="utf-8")
+    write_page(given.output, page(results))
 
 
 if __name__ == "__main__":

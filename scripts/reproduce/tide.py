@@ -32,6 +32,7 @@ from collecting import (
     row,
     save_results,
     values,
+    write_page,
 )
 from matplotlib.figure import Figure
 
@@ -267,9 +268,7 @@ def main() -> None:
     path = arguments.output / "results.json"
     results = measured(path, arguments.seeds, arguments.steps, arguments.workers)
     draw(results, arguments.output)
-    reading = arguments.output / "reading.md"
-    told = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    (arguments.output / "README.md").write_text(readme(results) + told, encoding="utf-8")
+    write_page(arguments.output, readme(results))
 
 
 if __name__ == "__main__":
