@@ -61,16 +61,22 @@ class Method(ABC):
         """
         return {}
 
+    @classmethod
+    def parts(cls, skills: Sequence[str], options: Mapping[str, Any]) -> int:
+        """Return among how many processes the losses of a batch are divided, where there are many.
+
+        ``losses`` then yields those of ``Progress.part``; each role must be trained by one part,
+        and the method must not count or survey batches.
+
+        Args:
+            skills: The names in ``data.skills``.
+            options: The method's options.
+        """
+        return 1
+
     @abstractmethod
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield each loss in turn. The trainer back-propagates one before asking for the next."""
-
-    def parts(self) -> int:
-        """Return among how many processes the losses of a batch are divided, where there are many.
-
-        ``losses`` then yields those of ``Progress.part``; each role must be trained by one part.
-        """
-        return 1
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Return numbers of a batch whose sum over the optimizer step ``losses`` must know.

@@ -126,6 +126,8 @@ class Trainer:
             self.step, self.settings.steps, part=distributed.part, parts=distributed.parts
         )
         counts = type(method).counts is not Method.counts
+        alone = distributed.parts == 1
+        assert alone or not (counts or method.pools()), "parts of a batch are not counted apart"
         several = self.settings.accumulate * distributed.world > 1
         pools = several and method.pools()  # one micro-batch is its own pool
         if not counts and not pools:

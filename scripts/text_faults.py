@@ -70,6 +70,8 @@ FAULTS = [
         "diffdistill/text/alm.py",
         "matched = matched * chunk_share(self.counts(batch), progress.counts)",
         "matched = matched * 1.0",
+    ),
+    (
         "text: boundary labels not shifted",
         "diffdistill/boundaries.py",
         "[*map(int, styles[1:]), IGNORED][: len(styles)]",
@@ -282,8 +284,8 @@ FAULTS = [
     (
         "text: an engine's rows have one seed",
         "pipelines/engines.py",
-        "draws.integer(purpose, number, SEEDS) for number",
-        "draws.integer(purpose, 0, SEEDS) for number",
+        "self.draws.integer(self.purpose, n, SEEDS) for n",
+        "self.draws.integer(self.purpose, 0, SEEDS) for n",
     ),
     (
         "text: words that are none are learned",
@@ -294,8 +296,8 @@ FAULTS = [
     (
         "text: a server's old adapter is asked",
         "pipelines/vllm_server.py",
-        "name = [self._handover.label]\n        if together",
-        "name = [before or self._handover.label]\n        if together",
+        "self._load_adapter(folder, before)\n        return self._handover.label",
+        "self._load_adapter(folder, before)\n        return before or self._handover.label",
     ),
     (
         "text: another sampler's tokens weighed without a bound",

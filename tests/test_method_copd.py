@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffdistill.config import parse_config
 from diffdistill.distributed import Distributed
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.feeding import Feed
 from diffdistill.merging import mean_weights
 from diffdistill.projection import dense
 from diffdistill.question_feed import question_batches, seen_questions
@@ -298,14 +300,41 @@ def test_experts_that_teach_each_other_differ_from_those_that_do_not(
 
 def test_experts_are_divided_among_processes_that_have_a_part_each() -> None:
     method, batch = make(networks(0, 1), placement="groups"), batch_of()
-    assert method.parts() == 2
     parts = [list(method.losses(batch, SHARED._replace(part=i, parts=2))) for i in (0, 1)]
     assert [[loss.role for loss in part] for part in parts] == [["sums"], ["words"]]
     whole = list(method.losses(batch, SHARED))
     assert [loss.value.item() for part in parts for loss in part] == [
         loss.value.item() for loss in whole
     ]
-    assert make(networks(0, 1)).parts() == 1
+    assert CoPD.parts(["a", "b", "c"], {"placement": "groups"}) == 3
+    assert CoPD.parts(["a", "b", "c"], {}) == 1
+
+
+def test_processes_with_parts_of_the_experts_read_the_same_questions(world: Path) -> None:
+    session = build(parse_config(copd_values(world, data={"batch_size": 1})), CPU)
+
+    def read(rank: int, ranks: int, parts: int, samples: int = 0) -> list[tuple[str, list[int]]]:
+        distributed = Distributed()
+        distributed.world, distributed.rank = ranks, rank
+        distributed.divide(parts)
+        feed = Feed(question_batches(session, questions(session), distributed))
+        with closing(feed.after(samples, session, distributed)) as batches:
+            found = list(islice(batches, 3))
+        return [(str(batch["prompts"]), batch["ids"].tolist()) for batch in found]
+
+    two = [read(rank, 2, 1) for rank in (0, 1)]
+    assert two[0] != two[1]
+    assert [read(rank, 4, 2) for rank in range(4)] == [two[0], two[0], two[1], two[1]]
+    assert [read(rank, 4, 2, samples=2)[:2] for rank in (1, 2)] == [two[0][1:], two[1][1:]]
+
+
+def test_a_server_of_one_student_is_not_asked_by_groups_of_processes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Distributed, "divide", lambda self, parts: setattr(self, "parts", parts))
+    values = copd_values(world, method={"placement": "groups"}) | {"engine": "vllm-server"}
+    with pytest.raises(UserError, match="set engine: vllm, or placement: shared"):
+        train(parse_config(values), tmp_path / "run")
 
 
 def test_copies_teach_from_the_start_of_a_phase_and_a_run_goes_on_with_them(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill import catalog, config
+from diffdistill import catalog
 from diffdistill.errors import UserError
+from diffdistill.options import options_model
 from diffdistill.rewarding import Reward, as_video
 from diffdistill.rewards.digits_video import (
     DIRECTIONS,
@@ -243,7 +244,7 @@ def test_every_reward_is_a_reward_whose_options_are_documented(name: str) -> Non
     if issubclass(reward, Reward):
         assert isinstance(reward.axes, tuple)
         assert set(reward.default_statistics) <= set(reward.axes)
-    options = config.options_model(reward).model_fields
+    options = options_model(reward).model_fields
     assert {f.name for f in fields(reward)} - set(options) == {"device"}
     assert [key for key, option in options.items() if not option.description] == []
     module = inspect.getmodule(reward)

@@ -9,8 +9,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from diffdistill import catalog, config
+from diffdistill import catalog
 from diffdistill.errors import UserError
+from diffdistill.options import options_model
 from diffdistill.rewards.boxed import Boxed, final_box
 from diffdistill.rewards.json_answer import JsonAnswer
 from diffdistill.types import Example
@@ -214,5 +215,5 @@ def test_braces_within_a_box_are_balanced_and_escaped_ones_do_not_count() -> Non
 def test_the_catalog_knows_them_and_their_options() -> None:
     for name, kind in {"boxed": Boxed, "json-answer": JsonAnswer}.items():
         assert catalog.load("reward", name) is kind
-        options = set(config.options_model(kind).model_fields)
+        options = set(options_model(kind).model_fields)
         assert options == {"format_reward", "numeric"} | ({"key"} if kind is JsonAnswer else set())

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from diffdistill import catalog
 from diffdistill.checkpoints import Checkpoints, write_atomic
 from diffdistill.config import RunConfig
 from diffdistill.distributed import Distributed
@@ -90,8 +91,8 @@ class Run(NamedTuple):
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
     check_evaluate(config)
+    _divide(config, distributed)
     session = build(config, distributed.device)
-    distributed.divide(session.method.parts())
     if open_obligations := check_provenance(session):
         _say(distributed, open_obligations)
     check_servers(session)
@@ -113,6 +114,22 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
         trainer.load(snapshot, path)
         _say(distributed, f"resumed from {path}")
     return Run(trainer, batches, checkpoints, painter)
+
+
+def _divide(config: RunConfig, distributed: Distributed) -> None:
+    """Give each process its part of the losses, if the method divides them.
+
+    Raises:
+        UserError: If the processes, or the engine, cannot.
+    """
+    options = {key: value for key, value in config.method.items() if key != "name"}
+    method = catalog.load("method", config.method["name"])
+    distributed.divide(method.parts(list(config.data.skills or {}), options))
+    if distributed.parts > 1 and config.engine.get("name") == "vllm-server":
+        raise UserError(
+            "engine vllm-server has the weights of one student at a time, and with "
+            "method.placement: groups there are several: set engine: vllm, or placement: shared"
+        )
 
 
 def _painter(

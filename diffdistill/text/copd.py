@@ -100,6 +100,11 @@ class CoPD(Rewarded):
             found |= {f"{name}{BEFORE}": {**copied, "of": name} for name in skills}
         return found
 
+    @classmethod
+    def parts(cls, skills: Sequence[str], options: Mapping[str, Any]) -> int:
+        """Return the number of experts, if each has a group of processes."""
+        return len(skills) if options.get("placement") == "groups" else 1
+
     def __post_init__(self) -> None:
         """Check the options, and make each expert's own GRPO."""
         super().__post_init__()
@@ -143,10 +148,6 @@ class CoPD(Rewarded):
             return {}
         starts = PhaseStarts(self.rewarded_steps % self.cycle, self.cycle)
         return {f"{name}{BEFORE}": starts for name in self._experts}
-
-    def parts(self) -> int:
-        """Return the number of experts, if each has a group of processes."""
-        return len(self._experts) if self.placement == "groups" else 1
 
     def peers_of(self, name: str) -> list[str]:
         """Return the names of the experts that an expert learns from."""
