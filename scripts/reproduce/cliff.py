@@ -16,7 +16,7 @@ and what is there already is not run again.
 from arithmetic_runs import SHOWN, Study, measured, options, publish
 from collecting import Arm
 
-STRENGTHS = (1.25, 1.5, 2.0)
+STRENGTHS = (1.25, 1.5, 2.0, 4.0)
 JSON = ["data.path=bundled:arithmetic-json-train.jsonl", "rewards=json-answer"]
 SAMPLED = [
     "method.divergence=sampled", "method.baseline=false", "method.importance_clip=5.0",
@@ -32,7 +32,7 @@ ARMS = {
     "1": beyond(1.0),
     **{f"{s:g}": beyond(s) for s in STRENGTHS},
     **{f"{s:g}, guarded": beyond(s, "method.guard=relative") for s in STRENGTHS},
-    **{f"{s:g}, sampled": beyond(s, *SAMPLED) for s in (1.0, 2.0)},
+    **{f"{s:g}, sampled": beyond(s, *SAMPLED) for s in (1.0, 2.0, 4.0)},
 }
 STUDY = Study(
     name="cliff",
@@ -40,7 +40,7 @@ STUDY = Study(
     about="ExOPD on problems with JSON, by strength: unguarded, with the relative guard, and by "
     "the sampled token alone. The mean strength is that after the guard.",
     arms=ARMS,
-    against={"1": ARMS, "1, sampled": ["2, sampled"]},
+    against={"1": ARMS, "1, sampled": ["2, sampled", "4, sampled"]},
     judged="json",
     shown=SHOWN | {"strength": "mean strength"},
     drawn=("json/parsed", "json/mean@4", "strength", "entropy", "teacher/reverse-kl"),
