@@ -1,7 +1,7 @@
 """Does a target beyond the teacher break a format (the Extrapolation Cliff), and does a guard help?
 
 Trains the bundled `arithmetic-student`, whose JSON is often malformed, on problems with JSON, with
-targets 1 to 2 times as far from the student before training as the bundled teacher (ExOPD,
+targets 1 to 4 times as far from the student before training as the bundled teacher (ExOPD,
 arXiv:2602.12125; the cliff: arXiv:2605.08737, known to us by its abstract). The share of answers
 that a strict parser reads shows whether the format breaks; the guard (ours) bounds the strength
 where both sides all but know the next token. The target is compared as a whole, and, in arms of its
