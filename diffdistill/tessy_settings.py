@@ -41,7 +41,8 @@ class FitSettings:
         lr: Learning rate of AdamW.
         batch_size: Segments of a step.
         epochs: Times over all segments.
-        held_out: The share of segments that the best epoch is chosen by.
+        held_out: The share of segments, of texts that are not learned, that the best epoch is
+            chosen by.
         max_length: Tokens of a segment; the rest is cut off.
     """
 
@@ -70,8 +71,10 @@ class TessySettings:
 
     Attributes:
         teacher: The family of the teacher (name, path and options); its tokenizer may be another.
-        questions: The file of questions, read as ``data`` says; None is ``data.path`` itself, and
-            the output is then to be named.
+        questions: The file of questions, read by the columns that ``data`` names; None is
+            ``data.path`` itself, and the output is then to be named.
+        max_questions: Reads only so many; ``data.max_examples`` is of what was written.
+        skip_questions: Leaves out the first; ``data.skip_examples`` is of what was written.
         mode: ``tessy`` lets the student write style, the teacher capability and the student the
             final answer. Its ablation has the teacher answer. Baselines: all by the teacher
             (``teacher-only``) or the student; ``teacher-think`` and ``teacher-answer`` split at the
@@ -80,6 +83,8 @@ class TessySettings:
         student_step: Tokens that the student writes before its predictor is asked (20 in the paper,
             5 in the code).
         teacher_step: The same of the teacher (20 in the paper, 10 in the code).
+        chunk: Tokens that a model is asked for at once where it goes on alone: a final answer, or
+            all of a thinking by one. A server is silent for so long (``teacher.timeout``).
         boundary: What becomes of a word that is cut where the author changes: ``discard`` (the
             paper, for two vocabularies), ``extend`` to its end (the code), or cut it ``exact``
             (ours, for models that read the same after any character).
@@ -100,7 +105,8 @@ class TessySettings:
         check_characters: How much of its end is (1000 in the code).
         check_words: Words of a fragment that may repeat (3 in the code).
         check_times: How often it is there if the sample failed (8 in the code).
-        retries: Further tries of a sample that failed (5 in the code).
+        retries: Further tries of a sample that failed (5 in the code). Where it is raised, those
+            that failed are tried again.
         batch_size: Samples that are written at a time.
         seed: Seed of the samples.
         fit: How boundary predictors are made.
@@ -108,9 +114,12 @@ class TessySettings:
 
     teacher: dict[str, Any] = field(default_factory=dict)
     questions: str | None = None
+    max_questions: PositiveInt | None = None
+    skip_questions: NonNegativeInt = 0
     mode: Mode = "tessy"
     student_step: PositiveInt = 20
     teacher_step: PositiveInt = 20
+    chunk: PositiveInt = 2048
     boundary: WordRule = "discard"
     predictors: str | None = None
     context: PositiveInt = 200
