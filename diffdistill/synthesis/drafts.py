@@ -35,7 +35,7 @@ PLANS: dict[Mode, tuple[Plan, ...]] = {
     "mix": (Plan(("teacher",), "teacher"), Plan(("student",), "student")),
     "best-of-n": (Plan(("student",), "student"),),
 }
-"""The plans that a mode's samples take in turn (section 3.1 and table 1 of TESSY)."""
+"""The plans that a mode's samples take in turn (see docs/methods/tessy.md)."""
 
 
 @dataclass
