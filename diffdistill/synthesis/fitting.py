@@ -62,8 +62,7 @@ def fit_predictors(
         found[author] = fit(base, segments[author], training, output / author, workshop.device)
         say(f"{author}: {found[author].accuracy:.1%} of held-out labels are right")
     report = {
-        "fit": asdict(how),
-        "seed": seed,
+        "settings": asdict(workshop.settings),
         "revisions": revisions(workshop, AUTHORS),
         "predictors": {author: fitted._asdict() for author, fitted in found.items()},
     }
