@@ -408,13 +408,14 @@ def test_stopped_writing_goes_on_beside_failed_samples_by_any_rule(
         assert other.with_name(f"{other.stem}-failed.jsonl").read_bytes() == failed.read_bytes()
 
 
+@pytest.mark.parametrize("mode", ["teacher-think", "tessy"])
 def test_a_teacher_behind_a_server_writes_its_part(
-    config: str, world: Path, tmp_path: Path
+    mode: str, config: str, world: Path, tmp_path: Path
 ) -> None:
     network = AutoModelForCausalLM.from_pretrained(world / "teacher").eval()
     tokens = AutoTokenizer.from_pretrained(world / "teacher")
     local, far = tmp_path / "local.jsonl", tmp_path / "far.jsonl"
-    plain = ["tessy.mode=teacher-think", "tessy.temperature=0", "tessy.num_samples=1"]
+    plain = [f"tessy.mode={mode}", "tessy.temperature=0", "tessy.num_samples=1"]
     tessy.write(config, output=local, overrides=plain)
     for address in range(2):  # the same model, at another port
         with serving(TinyServer(network, tokens)) as server:
