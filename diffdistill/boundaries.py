@@ -5,6 +5,7 @@ reads its labels off annotated spans, and turns its predictions into a place to 
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -17,6 +18,14 @@ Offsets: TypeAlias = Sequence[tuple[int, int]]
 
 IGNORED = -100
 """The label of a token that teaches nothing."""
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"  # Chinese and Japanese
+)
+"""Letters of scripts without spaces between words, as in the brackets of a regular expression."""
+WORDS = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)\s*")
+"""What is between spaces, and each letter of scripts without them; the space after it too."""
 
 
 class Span(NamedTuple):
@@ -36,7 +45,7 @@ class Span(NamedTuple):
 def style_tokens(offsets: Offsets, spans: Sequence[tuple[int, int]]) -> list[bool]:
     """Return which tokens are style: those that begin in a span, or in which a span begins.
 
-    The rule of TESSY's code; the paper does not say.
+    The rule of TESSY's code; whether it is the paper's is unconfirmed.
     """
     return [
         any(start <= first < end or first <= start < last for start, end in spans)
@@ -70,6 +79,27 @@ def first_flip(
     return None
 
 
+def in_one_word(left: str, right: str) -> bool:
+    """Return whether two neighboring characters belong to the same word.
+
+    A word is letters and digits; in scripts without spaces each letter is one. What is combined
+    with a letter, such as an accent, belongs to it.
+    """
+    if _is_mark(right):
+        return left.isalnum() or _is_mark(left)
+    spelled = right.isalnum() and (left.isalnum() or _is_mark(left))
+    return spelled and re.search(f"[{UNSPACED}]", left + right) is None
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
+
+
+def _inside(text: str, place: int) -> bool:
+    """Return whether a place in a text is within a word."""
+    return 0 < place < len(text) and in_one_word(text[place - 1], text[place])
+
+
 def word_cut(text: str, place: int, rule: WordRule) -> int:
     """Return where to cut a new text instead of ``place``, if that is within a word.
 
@@ -77,18 +107,18 @@ def word_cut(text: str, place: int, rule: WordRule) -> int:
         text: What an author wrote.
         place: A character of it, not the first.
         rule: ``discard`` leaves the word out that is cut (and the space before it, which belongs
-            to the first token of the next author); if no other is left, and under ``extend``, it is
-            kept to its end. ``exact`` cuts it.
+            to the first token of the next author); if nothing else is left, and under ``extend``,
+            it is kept to its end. ``exact`` cuts it.
     """
-    inside = 0 < place < len(text) and not (text[place - 1].isspace() or text[place].isspace())
-    if rule == "exact" or not inside:
+    if rule == "exact" or not _inside(text, place):
         return place
-    if rule == "discard":
-        whole = re.sub(r" ?\S+\Z", "", text[:place])
-        if whole:
-            return len(whole)
-    found = re.search(r"\s", text[place:])
-    return len(text) if found is None else place + found.start()
+    start = end = place
+    while _inside(text, start):
+        start -= 1
+    while _inside(text, end):
+        end += 1
+    start -= text[:start].endswith(" ")
+    return start if rule == "discard" and start > 0 else end
 
 
 def first_end(text: str, ends: Sequence[str], since: int) -> int | None:
@@ -120,14 +150,24 @@ def repeats(text: str, *, characters: int, words: int, times: int) -> bool:
 def quoted_spans(text: str, quotes: Sequence[str]) -> list[tuple[int, int]]:
     """Return where a text has the quotes; each after the one before, or if not there anywhere.
 
-    What is not in the text word for word is left out.
+    What is not in the text word for word is left out; a part of a word is not.
     """
     spans, since = [], 0
     for quote in quotes:
-        place = text.find(quote, since) if quote else -1
-        if place < 0 and quote:
-            place = text.find(quote)
-        if place >= 0:
+        place = _quoted(text, quote, since)
+        if place is None:
+            place = _quoted(text, quote, 0)
+        if place is not None:
             since = place + len(quote)
             spans.append((place, since))
     return spans
+
+
+def _quoted(text: str, quote: str, since: int) -> int | None:
+    """Return where a text has a quote that neither begins nor ends within a word."""
+    place = text.find(quote, since) if quote else -1
+    while place >= 0:
+        if not _inside(text, place) and not _inside(text, place + len(quote)):
+            return place
+        place = text.find(quote, place + 1)
+    return None

@@ -30,7 +30,7 @@ class FitSettings:
         annotations: Of ``given``: a JSON lines file with a ``text``, its style ``spans`` (lists of
             start and end) and its ``author``, student or teacher.
         model: Of ``model``: the family (name, path and options) of the annotator; None asks the
-            teacher (the paper; the code asks Qwen3-32B).
+            teacher (the paper; the code asks Qwen3-32B). It is asked not to think.
         num_texts: Questions about which both models think, to be annotated.
         segments: Whether a predictor learns from its ``own`` model's texts (the paper) or from
             those of ``both`` (ours: texts of two authors are like neither's).
@@ -41,7 +41,8 @@ class FitSettings:
         lr: Learning rate of AdamW.
         batch_size: Segments of a step.
         epochs: Times over all segments.
-        held_out: The share of segments that the best epoch is chosen by.
+        held_out: The share of segments, of texts that are not learned, that the best epoch is
+            chosen by.
         max_length: Tokens of a segment; the rest is cut off.
     """
 
@@ -70,16 +71,21 @@ class TessySettings:
 
     Attributes:
         teacher: The family of the teacher (name, path and options); its tokenizer may be another.
-        questions: The file of questions, read as ``data`` says; None is ``data.path`` itself, and
-            the output is then to be named.
+        questions: The file of questions, read by the columns that ``data`` names; None is
+            ``data.path`` itself, and the output is then to be named.
+        max_questions: Reads only so many; ``data.max_examples`` is of what was written.
+        skip_questions: Leaves out the first; ``data.skip_examples`` is of what was written.
         mode: ``tessy`` lets the student write style, the teacher capability and the student the
-            final answer. Its ablation has the teacher answer. Baselines: all by the teacher
-            (``teacher-only``) or the student; ``teacher-think`` and ``teacher-answer`` split at the
-            end of the thinking; ``mix`` has every other sample by the teacher alone; ``best-of-n``
-            is the student's sample that the teacher finds most likely.
+            final answer. Its ablation has the teacher answer. Baselines, of which the paper's may
+            differ in detail: all by the teacher (``teacher-only``) or the student;
+            ``teacher-think`` and ``teacher-answer`` split at the end of the thinking; ``mix`` has
+            every other sample by the teacher alone; ``best-of-n`` is the student's sample that the
+            teacher finds most likely.
         student_step: Tokens that the student writes before its predictor is asked (20 in the paper,
             5 in the code).
         teacher_step: The same of the teacher (20 in the paper, 10 in the code).
+        chunk: Tokens that a model is asked for at once where it goes on alone: a final answer, or
+            all of a thinking by one. A server is silent for so long (``teacher.timeout``).
         boundary: What becomes of a word that is cut where the author changes: ``discard`` (the
             paper, for two vocabularies), ``extend`` to its end (the code), or cut it ``exact``
             (ours, for models that read the same after any character).
@@ -89,18 +95,21 @@ class TessySettings:
         closes: What comes between its thinking and its final answer.
         teacher_opens: The same of the teacher, in its own format; None is the student's.
         teacher_closes: The same of the teacher; None is the student's.
-        ends: What ends the thinking when one of the models writes it; it is cut off.
+        ends: What ends the thinking when one of the models writes it; it is cut off. Special tokens
+            count, also of a server (protocols vllm and sglang).
         temperature: Of both models (0.7 in the code), 0 takes the most likely token.
         top_p: Only the most likely tokens that together have this probability (0.8 in the code).
         top_k: Only so many most likely tokens; 0 is all (20 in the code).
         num_samples: Samples of each question.
         num_candidates: Samples that ``best-of-n`` chooses one of (5 in the paper).
         max_tokens: Of thinking and answer together (38,000 in the code); longer ones failed.
+            ``data.max_answer`` must be as large, or training cuts them.
         check_every: Steps after which a sample is looked at for repetitions (100 in the code).
         check_characters: How much of its end is (1000 in the code).
         check_words: Words of a fragment that may repeat (3 in the code).
         check_times: How often it is there if the sample failed (8 in the code).
-        retries: Further tries of a sample that failed (5 in the code).
+        retries: Further tries of a sample that failed (5 in the code). Where it is raised, those
+            that failed are tried again.
         batch_size: Samples that are written at a time.
         seed: Seed of the samples.
         fit: How boundary predictors are made.
@@ -108,9 +117,12 @@ class TessySettings:
 
     teacher: dict[str, Any] = field(default_factory=dict)
     questions: str | None = None
+    max_questions: PositiveInt | None = None
+    skip_questions: NonNegativeInt = 0
     mode: Mode = "tessy"
     student_step: PositiveInt = 20
     teacher_step: PositiveInt = 20
+    chunk: PositiveInt = 2048
     boundary: WordRule = "discard"
     predictors: str | None = None
     context: PositiveInt = 200

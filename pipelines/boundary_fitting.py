@@ -1,5 +1,6 @@
 """How boundary predictors learn from annotated segments."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,20 @@ class Annotated(NamedTuple):
     Attributes:
         text: The text.
         spans: Start and end of each part, in characters.
+        source: The number of the text that it is a part of.
     """
 
     text: str
     spans: Sequence[tuple[int, int]]
+    source: int = 0
 
 
 class Lesson(NamedTuple):
-    """A segment as a predictor learns it: token ids, and the label of each."""
+    """A segment as a predictor learns it: token ids, the label of each, and of which text it is."""
 
     tokens: list[int]
     labels: list[int]
+    source: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,18 @@ def lesson(tokenizer: Any, segment: Annotated, max_length: int) -> Lesson:
     """Return the tokens of a segment, each labeled with the kind of the next."""
     ids, offsets = read(tokenizer, segment.text)
     labels = next_labels(style_tokens(offsets, segment.spans))
-    return Lesson(ids[:max_length], labels[:max_length])
+    return Lesson(ids[:max_length], labels[:max_length], segment.source)
+
+
+def split(lessons: Sequence[Lesson], share: float) -> tuple[list[Lesson], list[Lesson]]:
+    """Return lessons to learn, and those of other texts, at least a share, to hold out."""
+    sizes, held = Counter(row.source for row in lessons), set[int]()
+    for row in reversed(lessons):
+        if sum(sizes[source] for source in held) >= max(1, round(share * len(lessons))):
+            break
+        held.add(row.source)
+    learned = [row for row in lessons if row.source not in held]
+    return learned, [row for row in lessons if row.source in held]
 
 
 def fit(
@@ -79,11 +94,12 @@ def fit(
 ) -> Fitted:
     """Train a predictor, keep its best epoch in a folder, and return how good it is.
 
-    Cross-entropy without class weights, and AdamW at a constant rate, as in TESSY's code.
+    Cross-entropy without class weights, and AdamW, as in TESSY's code; that its rate is constant
+    is ours.
 
     Args:
         base: The folder of a language model.
-        segments: What to learn, in random order; the last are held out.
+        segments: What to learn, in random order; those of the last texts are held out.
         how: How.
         output: The folder to write.
         device: Where.
@@ -94,13 +110,12 @@ def fit(
     tokenizer = loading.load_tokenizer(base, False)
     lessons = [lesson(tokenizer, segment, how.max_length) for segment in segments]
     lessons = [row for row in lessons if len(row.tokens) > 1]
-    count = max(1, round(how.held_out * len(lessons)))
-    if len(lessons) <= count:
+    learned, held = split(lessons, how.held_out)
+    if not learned or not held:
         raise UserError(
-            f"{len(lessons)} annotated segments are too few for a boundary predictor: raise "
-            "tessy.fit.num_texts"
+            f"{len(lessons)} annotated segments of {len({row.source for row in lessons})} texts "
+            "are too few for a boundary predictor: raise tessy.fit.num_texts"
         )
-    learned, held = lessons[:-count], lessons[-count:]
     torch.manual_seed(how.seed)
     network = classifier(base).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr)

@@ -148,12 +148,25 @@ class Completions:
             raise self._otherwise(f"{type(error).__name__} in its answer") from None
         return [token for token, _ in pairs], [value for _, value in pairs]
 
-    def written(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> tuple[str, bool]:
+    def written(
+        self, prompt: Sequence[int], sampling: Sampling, seed: int, *, special: bool = False
+    ) -> tuple[str, bool]:
         """Return what the server writes after a prompt, and whether it ended it.
 
+        Args:
+            prompt: At least one token.
+            sampling: How it is sampled.
+            seed: Of the random numbers.
+            special: Whether special tokens are part of the text; the token that ends it is not.
+
         Raises:
-            UserError: If it does not say.
+            UserError: If it does not say, or leaves special tokens out in any case.
         """
+        if special and self.protocol == "openai":
+            raise UserError(
+                f"the server {self.server.url} leaves special tokens out of its texts: take "
+                "protocol vllm or sglang, or markers in tessy.ends that are none"
+            )
         body = {
             "model": self.model,
             "prompt": list(prompt),
@@ -163,6 +176,7 @@ class Completions:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "seed": seed,
+            **({"skip_special_tokens": False} if special else {}),
         }
         choice = self._first(self.server.post("/completions", body))
         text, reason = choice.get("text"), choice.get("finish_reason")

@@ -128,9 +128,30 @@ class Server(Reaching, TokenFamily):
             own[index, :length] = torch.tensor(row.tokens)
         return TopK(*(found.to(state.x.device) for found in (ids, logprobs, own)))
 
-    def written(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> tuple[str, bool]:
-        """Return what the server writes after a prompt, and whether it ended it."""
-        return self._completions.written(prompt, sampling, seed)
+    def written(
+        self, prompt: Sequence[int], sampling: Sampling, seed: int, *, special: bool = False
+    ) -> tuple[str, bool]:
+        """Return what the server writes after a prompt, and whether it ended it.
+
+        Args:
+            prompt: At least one token.
+            sampling: How it is sampled.
+            seed: Of the random numbers.
+            special: Whether special tokens are part of the text.
+
+        Raises:
+            UserError: If the server cannot, or does not say.
+        """
+        return self._completions.written(prompt, sampling, seed, special=special)
+
+    @property
+    def served(self) -> str:
+        """Name of the model there.
+
+        Raises:
+            UserError: If the server cannot be reached, or has no such model.
+        """
+        return self._completions.model
 
     def token_id(self, text: str) -> int:
         """Return the id of the one token that is spelled so.

@@ -7,7 +7,6 @@ reads all of it anew, in its own template and tokens.
 from abc import ABC, abstractmethod
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,13 +70,13 @@ class Writer(ABC):
     draws: Draws
     _asked: dict[str, list[int]] = field(default_factory=dict)
 
-    def prompt(self, example: Example, text: str, *, closed: bool = False) -> list[int]:
+    def prompt(self, example: Example, text: str, *, answer: str | None = None) -> list[int]:
         """Return the tokens of a question and of a thinking so far.
 
         Args:
             example: The question.
             text: What has been thought.
-            closed: Whether the thinking is over, and the final answer comes next.
+            answer: What there is of the final answer; None while there is more to think.
 
         Raises:
             UserError: If the question cannot be asked.
@@ -85,28 +84,28 @@ class Writer(ABC):
         key = str(example.messages)
         if key not in self._asked:
             self._asked[key] = self.read.prompt(example)
-        return self._asked[key] + self.tokens(self.format.opens + text, closed=closed)
+        closed = "" if answer is None else self.format.closes + answer
+        return self._asked[key] + self.tokens(self.format.opens + text + closed)
 
-    def tokens(self, text: str, *, closed: bool = False) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text that is no whole answer."""
-        text += self.format.closes if closed else ""
         found: list[int] = self.family.tokenizer.encode(text, add_special_tokens=False)
         return found
 
-    def forget(self) -> None:
-        """Forget the questions that were asked."""
-        self._asked.clear()
+    def forget(self, example: Example) -> None:
+        """Forget a question that was asked."""
+        self._asked.pop(str(example.messages), None)
 
     @abstractmethod
     def go_on(
-        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], max_tokens: int
+        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], limits: Sequence[int]
     ) -> list[Continuation]:
         """Return what the model writes after each prompt.
 
         Args:
             prompts: Of ``prompt``.
             ids: A number for each, which with the seed says what is sampled.
-            max_tokens: How long it is at most.
+            limits: How many tokens each may have.
         """
 
     @abstractmethod
@@ -123,13 +122,15 @@ class LocalWriter(Writer):
     Attributes:
         family: The family ``causal-lm``.
         network: The model.
+        path: Its weights, if not the family's own.
     """
 
     family: CausalLM
     network: nn.Module
+    path: str | None = None
 
     def go_on(
-        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], max_tokens: int
+        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], limits: Sequence[int]
     ) -> list[Continuation]:
         """Return what the model writes after each prompt, whatever else is in the batch."""
         with torch.no_grad():
@@ -137,13 +138,16 @@ class LocalWriter(Writer):
                 self.network,
                 prompt_condition(prompts, self.family),
                 torch.tensor(ids, device=self.family.device),
-                replace(self.sampling, max_tokens=max_tokens),
+                replace(self.sampling, max_tokens=max(limits)),
                 self.draws,
                 purpose="write",
             )
-        rows = zip(found.tokens, found.mask, found.ended.tolist(), strict=True)
+        rows = zip(found.tokens, found.mask, found.ended.tolist(), limits, strict=True)
         return [
-            Continuation(self.spelled(tokens[mask].tolist()), ended) for tokens, mask, ended in rows
+            Continuation(
+                self.spelled(tokens[mask][:limit].tolist()), ended and int(mask.sum()) <= limit
+            )
+            for tokens, mask, ended, limit in rows
         ]
 
     @torch.no_grad()
@@ -184,17 +188,28 @@ class ServedWriter(Writer):
     family: Server
 
     def go_on(
-        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], max_tokens: int
+        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], limits: Sequence[int]
     ) -> list[Continuation]:
         """Return what the server writes; whether a seed determines it is the server's affair."""
-        sampling = replace(self.sampling, max_tokens=max_tokens)
-        seeds = [self.draws.integer("write", number, 2**31) for number in ids]
-        with ThreadPoolExecutor(self.family.concurrency) as pool:
-            asked = [
-                pool.submit(self.family.written, prompt, sampling, seed)
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
-            return [Continuation(*question.result()) for question in asked]
+        samplings = (replace(self.sampling, max_tokens=limit) for limit in limits)
+        seeds = (self.draws.integer("write", number, 2**31) for number in ids)
+        questions = list(zip(prompts, samplings, seeds, strict=True))
+        return self.family.asked(lambda question: self._written(*question), questions)
+
+    def _written(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Continuation:
+        markers, others = self._special
+        text, ended = self.family.written(prompt, sampling, seed, special=bool(markers))
+        for token in others if markers else ():
+            text = text.replace(token, "")
+        return Continuation(text, ended)
+
+    @cached_property
+    def _special(self) -> tuple[list[str], list[str]]:
+        """The special tokens that are markers, and the others: servers leave out both or none."""
+        added = self.family.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        ends = self.format.ends
+        return [t for t in special if t in ends], [t for t in special if t not in ends]
 
     def mean_logprobs(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]

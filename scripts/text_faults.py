@@ -92,8 +92,20 @@ FAULTS = [
     (
         "text: authors change where nothing was cut",
         "diffdistill/synthesis/cooperation.py",
-        "        elif truncated:",
+        "        elif cut.changes:",
         "        elif True:",
+    ),
+    (
+        "text: no change of authors where the last word is cut",
+        "diffdistill/synthesis/cooperation.py",
+        "        elif cut.changes:",
+        "        elif cut.place < len(new.text):",
+    ),
+    (
+        "text: an answer gets the largest room of its batch",
+        "diffdistill/synthesis/cooperation.py",
+        "min(self.settings.chunk, room)",
+        "min(self.settings.chunk, max(rooms))",
     ),
     (
         "text: the teacher's predictor is asked for style",

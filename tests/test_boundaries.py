@@ -11,6 +11,7 @@ from diffdistill.boundaries import (
     IGNORED,
     first_end,
     first_flip,
+    in_one_word,
     next_labels,
     quoted_spans,
     repeats,
@@ -85,19 +86,33 @@ def test_of_a_single_word_nothing_is_discarded() -> None:
     assert word_cut("line\nans", 6, "discard") == 5
 
 
-@given(st.text("ab \n\u00e9\u4e2d", min_size=2, max_size=12), st.integers(1, 11))
+def test_a_word_ends_where_letters_and_digits_do() -> None:
+    assert word_cut("x=12", 2, "discard") == 2
+    assert word_cut("is x=124", 7, "discard") == 5
+    assert word_cut("f(abc)", 3, "extend") == 5
+    assert word_cut("caf\u00e9s, yes", 3, "extend") == 5
+    assert word_cut("so cafe\u0301 yes", 7, "extend") == 8  # an accent belongs to its letter
+
+
+def test_each_letter_of_a_script_without_spaces_is_a_word() -> None:
+    for text in ("\u6240\u4ee5\u7b54\u6848", "\u305f\u3060\u3057", "\u0e15\u0e01\u0e25"):
+        for rule in ("discard", "extend"):
+            assert [word_cut(text, place, rule) for place in (1, 2)] == [1, 2]  # type: ignore[arg-type]
+    mixed = "\u6240\u4ee5abc\u7b54"
+    assert word_cut(mixed, 4, "discard") == 2
+    assert word_cut(mixed, 4, "extend") == 5
+
+
+@given(st.text("ab1 \n.\u00e9\u0301\u4e2d", min_size=2, max_size=12), st.integers(1, 11))
 def test_a_cut_is_progress_and_never_within_a_word_unless_exact(text: str, place: int) -> None:
     place = min(place, len(text))
     for rule in ("discard", "extend"):
         cut = word_cut(text, place, rule)  # type: ignore[arg-type]
         assert 0 < cut <= len(text)
-        if 0 < cut < len(text):
-            assert text[cut - 1].isspace() or text[cut].isspace()
-        assert (
-            cut <= place
-            or rule == "extend"
-            or not text[:place].removeprefix(" ").strip("ab\u00e9\u4e2d")
-        )
+        assert cut == len(text) or not in_one_word(text[cut - 1], text[cut])
+        word = text[min(cut, place) : max(cut, place)]
+        assert not word.strip("ab1\u00e9\u0301\u4e2d ")
+        assert cut >= place or rule == "discard"
     assert word_cut(text, place, "exact") == place
 
 
@@ -126,3 +141,12 @@ def test_quotes_are_found_one_after_the_other() -> None:
     assert [text[a:b] for a, b in spans] == ["so", "so", "well", "so"]
     assert [a for a, _ in spans] == [0, 6, 12, 0]
     assert all(a < b for (a, _), (b, _) in pairwise(spans[:3]))
+
+
+def test_a_quote_is_not_found_within_a_word() -> None:
+    text = "also 1, so 12"
+    assert quoted_spans(text, ["so"]) == [(8, 10)]
+    assert quoted_spans(text, ["1"]) == [(5, 6)]
+    assert quoted_spans(text, ["2", "als"]) == []
+    assert quoted_spans(text, [", so "]) == [(6, 11)]
+    assert quoted_spans("\u6240\u4ee5\u7b54", ["\u4ee5"]) == [(1, 2)]

@@ -13,7 +13,15 @@ from transformers import AutoModelForTokenClassification
 from diffdistill.boundaries import IGNORED
 from diffdistill.errors import UserError
 from diffdistill.pipelines.boundary import Boundary, padded, read
-from diffdistill.pipelines.boundary_fitting import Annotated, Fit, Fitted, fit, lesson
+from diffdistill.pipelines.boundary_fitting import (
+    Annotated,
+    Fit,
+    Fitted,
+    Lesson,
+    fit,
+    lesson,
+    split,
+)
 from diffdistill.synthesis.annotating import by_rule, given, read_quotes, segments_of
 from tests.conftest import CPU
 from tests.tiny import tokenizer
@@ -26,8 +34,8 @@ HOW = Fit(lr=1e-2, batch_size=8, epochs=4, held_out=0.1, max_length=64)
 def texts(count: int) -> list[Annotated]:
     rng = random.Random(0)
     return [
-        Annotated(" ".join(f"so {rng.randrange(100):02d}" for _ in range(5)), ())
-        for _ in range(count)
+        Annotated(" ".join(f"so {rng.randrange(100):02d}" for _ in range(5)), (), source)
+        for source in range(count)
     ]
 
 
@@ -90,8 +98,20 @@ def test_where_there_is_no_predictor_it_is_said_how_to_make_one(tmp_path: Path) 
 
 
 def test_too_few_segments_are_an_error(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="1 annotated segments are too few"):
+    with pytest.raises(UserError, match="1 annotated segments of 1 texts are too few"):
         fit(base, by_rule(RULE, texts(1)), HOW, tmp_path / "x", CPU)
+    with pytest.raises(UserError, match="3 annotated segments of 1 texts are too few"):
+        fit(base, 3 * by_rule(RULE, texts(1)), HOW, tmp_path / "x", CPU)
+
+
+def test_what_is_held_out_is_of_other_texts_than_what_is_learned() -> None:
+    sources = [0, 1, 2, 1, 3, 4, 4, 2, 0, 3]
+    lessons = [Lesson([n], [0], source) for n, source in enumerate(sources)]
+    for share, held in ((0.01, {3}), (0.2, {3}), (0.3, {0, 3}), (0.5, {0, 2, 3})):
+        found = split(lessons, share)
+        assert {row.source for row in found[1]} == held
+        assert {row.source for row in found[0]} == set(sources) - held
+        assert sorted(row.tokens[0] for part in found for row in part) == list(range(10))
 
 
 def test_padding_has_no_part_in_a_prediction_nor_in_the_loss(base: Path) -> None:
@@ -126,6 +146,10 @@ def test_segments_are_windows_of_whole_words_with_their_spans() -> None:
         Annotated("just three words", [])
     ]
     assert segments_of(Annotated("  ", ()), 10, 7, random.Random(0)) == []
+    unspaced = Annotated("\u6240\u4ee5" * 20, [(0, 1)], 5)
+    for part in segments_of(unspaced, 10, 7, random.Random(0)):
+        assert len(part.text) == 10
+        assert part.source == 5
 
 
 def test_a_rule_that_is_none_is_an_error() -> None:
@@ -151,8 +175,8 @@ def test_given_annotations_are_read_and_checked(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     assert given(str(file)) == {
-        "student": [Annotated("so 1", [(0, 3)])],
-        "teacher": [Annotated("2 and", [(1, 5)])],
+        "student": [Annotated("so 1", [(0, 3)], 0)],
+        "teacher": [Annotated("2 and", [(1, 5)], 1)],
     }
     for bad in ({"spans": [[0, 9]]}, {"author": "template"}, {"text": 3}, {"spans": "0-3"}):
         file.write_text(json.dumps(rows[0] | bad))

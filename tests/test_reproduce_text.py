@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from diffdistill import catalog
 from diffdistill.config import RunConfig, load_config
 from diffdistill.draws import Draws
 from diffdistill.stages import load_pipeline
+from diffdistill.synthesis.dependence import folder_hash
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce"
 NAMES = ("tip", "many_faces", "opsd", "atesd", "sdar", "cliff", "egx", "tessy")
@@ -386,9 +387,25 @@ def test_every_script_makes_its_page_of_what_is_on_disk_without_running_anything
     if name == "tessy":
         shown = script.SHOWN
         told = {"segments": 9, "accuracy": 0.99, "majority": 0.5, "epoch": 1}
-        report = {"fit": {"pattern": "[a-z]"}, "predictors": {"student": told, "teacher": told}}
-        (tmp_path / "report.json").write_text(json.dumps(report))
+        settings, models = (
+            load_config(script.CONFIG).tessy,
+            FOLDER.parents[1] / "samples" / "models",
+        )
+        assert settings is not None
+        names = {"student": "arithmetic-student", "teacher": "arithmetic-words-teacher"}
+        report = {
+            "settings": asdict(settings),
+            "predictors": {"student": told, "teacher": told},
+            "revisions": {a: folder_hash(models / name) for a, name in names.items()},
+        }
         monkeypatch.setattr(script, "PREDICTORS", tmp_path)
+        assert not script.is_current()
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        assert script.is_current()
+        for other in ({"settings": report["settings"] | {"seed": 1}}, {"revisions": {}}):
+            (tmp_path / "report.json").write_text(json.dumps(report | other))
+            assert not script.is_current()
+        (tmp_path / "report.json").write_text(json.dumps(report))
     numbers = dict.fromkeys([*shown, "exposure", "strength", "gate", "grad_norm"], 0.5)
     numbers |= {"box/level/add-2": 0.25, "student_mass": 0.25, "teacher_mass": 0.75}
     numbers |= {f"course/{n}/{key}": 1.0 for n in (2, 4) for key in scripts["many_faces"].COURSE}

@@ -30,24 +30,32 @@ class Scribe(Writer):
     answers: str = "five"
     log: list[tuple[str, str]] = field(default_factory=list)
     draws_seen: list[int] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
 
-    def prompt(self, example: Example, text: str, *, closed: bool = False) -> list[int]:
-        return self.tokens(text, closed=closed)
+    def prompt(self, example: Example, text: str, *, answer: str | None = None) -> list[int]:
+        self.asked.add(example.prompt)
+        return self.tokens(text) + ([] if answer is None else [-1, *self.tokens(answer)])
 
-    def tokens(self, text: str, *, closed: bool = False) -> list[int]:
-        return [ord(c) for c in text] + ([-1] if closed else [])
+    def tokens(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def forget(self, example: Example) -> None:
+        self.asked.discard(example.prompt)
 
     def go_on(
-        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], max_tokens: int
+        self, prompts: Sequence[Sequence[int]], ids: Sequence[int], limits: Sequence[int]
     ) -> list[Continuation]:
         self.draws_seen += ids
+        self.limits += limits
         found = []
-        for prompt in prompts:
-            closed = prompt[-1:] == [-1]
-            text = "".join(map(chr, prompt[:-1] if closed else prompt))
-            rest = self.answers if closed else self.says(text)
-            self.log.append((self.name, rest[:max_tokens]))
-            found.append(Continuation(rest[:max_tokens], len(rest) < max_tokens))
+        for prompt, limit in zip(prompts, limits, strict=True):
+            text, closed, answer = "".join(chr(t) if t >= 0 else "\0" for t in prompt).partition(
+                "\0"
+            )
+            rest = self.answers[len(answer) :] if closed else self.says(text)
+            self.log.append((self.name, rest[:limit]))
+            found.append(Continuation(rest[:limit], len(rest) < limit))
         return found
 
     def mean_logprobs(self, prompts: Any, texts: Any) -> list[float]:
@@ -209,10 +217,15 @@ def test_a_sample_that_repeats_itself_is_too_long_or_says_nothing_fails() -> Non
     (draft,) = run(endless, Never(), TESSY, max_tokens=50)
     assert draft.failure == "the thinking is too long"
     silent = scribes(student={"says": lambda text: ""})
-    silent["student"].go_on = lambda p, i, m: [Continuation("", False)]  # type: ignore[method-assign]
+    silent["student"].go_on = lambda p, i, n: [Continuation("", False)]  # type: ignore[method-assign]
     assert run(silent, Never(), TESSY)[0].failure == "nothing was written"
     mute = scribes(student={"answers": " "})
     assert run(mute, Never(), TESSY)[0].failure == "there is no answer"
+    halting = scribes()
+    halting["student"].go_on = lambda p, i, n: [  # type: ignore[method-assign]
+        Continuation("", -1 not in p[0])
+    ]
+    assert run(halting, Never(), TESSY)[0].failure == "nothing was written"
     chatty = scribes(student={"answers": "x" * 90})
     assert run(chatty, Never(), TESSY, max_tokens=60)[0].failure == "the answer is too long"
 
@@ -234,6 +247,73 @@ def test_a_sample_is_drawn_alike_whatever_is_written_beside_it() -> None:
         assert sorted(draft.number for draft in drafts) == [0, 1, 2, 3]
         seen.append(sorted(parties["student"].draws_seen + parties["teacher"].draws_seen))
     assert seen[0] == seen[1]
+
+
+def test_a_row_gets_its_own_room_whatever_is_in_its_batch() -> None:
+    def drafts(texts: Sequence[str]) -> list[Draft]:
+        rows = [Draft(n, QUESTION, TESSY, text=text) for n, text in enumerate(texts)]
+        for row in rows:
+            row.thinking = False
+        return rows
+
+    for answer, failure in (("x" * 29, None), ("x" * 30, "the answer is too long")):
+        for others in ([], ["a", "b" * 39]):
+            parties = scribes(student={"answers": answer})
+            settings = TessySettings(max_tokens=40, retries=0, chunk=16)
+            boundaries: Any = dict.fromkeys(parties, Never())
+            rows = drafts(["c" * 10, *others])
+            found = list(Cooperation(parties, boundaries, settings).run(iter(rows)))
+            (own,) = (draft for draft in found if draft.number == 0)
+            assert own.failure == failure
+            assert own.answer == answer
+            assert max(parties["student"].limits) <= 16
+    assert {d.text[0]: d.failure for d in found}["b"] == "the answer is too long"
+
+
+@pytest.mark.parametrize("mode", ["teacher-only", "teacher-think", "tessy"])
+def test_an_author_who_goes_on_alone_is_asked_for_a_bounded_part_at_a_time(mode: Mode) -> None:
+    found = []
+    for chunk in (7, 2048):
+        parties = scribes(student={"answers": "x" * 20}, teacher={"answers": "x" * 20})
+        (draft,) = run(parties, Digits(), PLANS[mode][0], chunk=chunk)
+        found.append((draft.text, draft.answer, draft.spans))
+        limits = parties["student"].limits + parties["teacher"].limits
+        assert max(limits) == chunk
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("boundary", ["discard", "extend"])
+def test_authors_change_also_where_the_word_that_is_cut_is_the_last_of_the_text(
+    boundary: str,
+) -> None:
+    class Within:
+        """Sees a boundary in the middle of each word."""
+
+        def cuts(self, texts: Any, starts: Any, style: bool) -> list[int | None]:
+            pairs = zip(texts, starts, strict=True)
+            return [start + 2 if text[start:].isalpha() else None for text, start in pairs]
+
+    def says(text: str) -> str:
+        return ["first", "second", "3...</think>"][text.count("first") + text.count("second")]
+
+    parties = scribes(student={"says": says}, teacher={"says": says})
+    (draft,) = run(parties, Within(), TESSY, boundary=boundary, student_step=20, teacher_step=20)
+    assert [tuple(span) for span in draft.spans] == [
+        ("student", 0, 5),
+        ("teacher", 5, 11),
+        ("student", 11, 15),
+    ]
+
+
+def test_questions_are_forgotten_once_their_sample_is_written() -> None:
+    parties = scribes()
+    questions = [Example(f"q{n}", messages=QUESTION.messages) for n in range(3)]
+    drafts = (Draft(number, example, TESSY) for number, example in enumerate(questions))
+    boundaries: Any = dict.fromkeys(parties, Digits())
+    settings = TessySettings(batch_size=1, student_step=6, boundary="exact")
+    for draft in Cooperation(parties, boundaries, settings).run(drafts):
+        for writer in parties.values():
+            assert not writer.asked, draft.number
 
 
 def test_the_room_of_a_batch_is_filled_as_samples_are_done() -> None:

@@ -1,28 +1,35 @@
 """``diffdistill tessy`` on tiny models of two vocabularies: fitted, written, resumed, learned."""
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffdistill import cli
 from diffdistill.commands import tessy
 from diffdistill.commands.train import train
 from diffdistill.config import load_config, parse_config
+from diffdistill.data.questions import read_questions
 from diffdistill.errors import UserError
+from diffdistill.pipelines.writing import Continuation, LocalWriter
 from diffdistill.synthesis import samples
+from diffdistill.synthesis.annotating import given
 from diffdistill.synthesis.building import open_workshop
 from diffdistill.synthesis.cooperation import Cooperation
-from diffdistill.synthesis.drafts import Draft
+from diffdistill.synthesis.drafts import STEPS, TRIES, Draft
 from diffdistill.synthesis.fitting import annotated
+from diffdistill.synthesis.storing import Store
 from tests.answer_run import write_questions
 from tests.conftest import CPU
 from tests.test_writing import save_ascii
 from tests.tiny import tokenizer
+from tests.tiny_server import TinyServer, serving
 from tests.tiny_text import words
 from tests.toy_run import losses
 
@@ -85,7 +92,8 @@ def config(world: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def short(self: Any, author: Any, drafts: list[Draft]) -> None:
         answer(self, author, drafts)
         for draft in drafts:
-            draft.answer, draft.failure = (draft.answer or "")[:12] or "x", None
+            draft.answer, draft.failure = draft.answer[:12] or "x", None
+            draft.answered = True
 
     monkeypatch.setattr(Cooperation, "_answer", short)
     return str(world / "config.yaml")
@@ -158,11 +166,125 @@ row_of = samples.row_of
 def test_other_settings_do_not_go_into_the_same_file(config: str, tmp_path: Path) -> None:
     file = tmp_path / "written.jsonl"
     tessy.write(config, output=file, overrides=["tessy.mode=student-only"])
-    with pytest.raises(UserError, match=r"written otherwise \(mode\)"):
-        tessy.write(config, output=file, overrides=["tessy.mode=teacher-only"])
-    (tmp_path / "mine.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="not of tessy write"):
-        tessy.write(config, output=tmp_path / "mine.jsonl")
+    for change, differing in (
+        ("tessy.temperature=0.5", "temperature"),
+        ("tessy.mode=teacher-only", "mode, models, revisions, tokenizers"),
+        ("tessy.skip_questions=1", "questions"),
+        ("data.student_prompt='Say: {question}'", "student_prompt"),
+        ("data.answer_column=answer", "answer_column"),
+    ):
+        told = rf"written otherwise \({differing}\).*remove {file}, .*written-about.json$"
+        with pytest.raises(UserError, match=told):
+            tessy.write(config, output=file, overrides=["tessy.mode=student-only", change])
+    for content in ("{}", "not JSON"):
+        (tmp_path / "mine.jsonl").write_text(content)
+        with pytest.raises(UserError, match="not of tessy"):
+            tessy.write(config, output=tmp_path / "mine.jsonl")
+        assert (tmp_path / "mine.jsonl").read_text() == content
+
+
+def test_what_samples_do_not_depend_on_may_change(config: str, world: Path, tmp_path: Path) -> None:
+    file, moved = tmp_path / "written.jsonl", tmp_path / "moved"
+    plain = ["tessy.mode=teacher-only", "tessy.num_samples=1"]
+    tessy.write(config, output=file, overrides=[*plain, "tessy.max_questions=2"])
+    assert len(rows_in(file)) == 2
+    before = file.read_text()
+    shutil.copytree(world / "teacher", moved)
+    others = ["tessy.batch_size=3", "tessy.retries=1", f"tessy.teacher.path={moved}"]
+    tessy.write(config, output=file, overrides=[*plain, *others])
+    assert len(rows_in(file)) == 4
+    assert file.read_text().startswith(before)
+
+
+def test_nothing_is_kept_of_what_did_not_begin(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise UserError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cooperation, "step", failing)
+        with pytest.raises(UserError, match="no"):
+            tessy.write(config, output=tmp_path / "written.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    tessy.write(config, output=tmp_path / "written.jsonl", overrides=["tessy.mode=student-only"])
+
+
+def test_other_predictors_or_weights_at_the_same_place_are_told(
+    config: str, world: Path, tmp_path: Path
+) -> None:
+    for name in ("predictors", "weights"):
+        folder = tmp_path / name
+        shutil.copytree(world / ("predictors" if name == "predictors" else "student"), folder)
+        changes = ["tessy.num_samples=1"]
+        changes.append(
+            f"tessy.predictors={folder}" if name == "predictors" else f"roles.student.path={folder}"
+        )
+        file = tmp_path / f"{name}.jsonl"
+        tessy.write(config, output=file, overrides=changes)
+        weights = next(folder.rglob("*.safetensors"))
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        differing = "predictors" if name == "predictors" else "revisions"
+        with pytest.raises(UserError, match=rf"written otherwise \({differing}\)"):
+            tessy.write(config, output=file, overrides=changes)
+
+
+def test_the_student_writes_with_the_weights_of_its_role(
+    config: str, world: Path, tmp_path: Path
+) -> None:
+    network = AutoModelForCausalLM.from_pretrained(world / "student")
+    network.lm_head.weight.data = network.lm_head.weight.data.roll(1, 0)
+    network.save_pretrained(tmp_path / "other")
+    found = []
+    for changes in ([], [f"roles.student.path={tmp_path / 'other'}"]):
+        file = tmp_path / f"written-{len(found)}.jsonl"
+        tessy.write(config, output=file, overrides=["tessy.mode=student-only", *changes])
+        found.append(rows_in(file))
+    assert found[0][0]["revisions"] != found[1][0]["revisions"]
+    assert [r["messages"] for r in found[0]] != [r["messages"] for r in found[1]]
+
+
+def test_bad_questions_are_told_before_anything_is_written(
+    config: str, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*rows_in(world / "questions.jsonl"), {"text": "2+2? " * 4000}, {"nothing": 1}]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "out" / "written.jsonl"
+    with pytest.raises(UserError, match=r"data\.max_prompt"):
+        tessy.write(config, output=file, overrides=[f"tessy.questions={questions}"])
+    assert not file.parent.exists()
+    changes = [f"tessy.questions={questions}", "data.on_error=skip", "tessy.mode=student-only"]
+    tessy.write(config, output=file, overrides=changes)
+    assert len(rows_in(file)) == 8
+    assert "left out 1 questions" in caplog.text
+    assert "missing question" in caplog.text
+
+
+def test_rows_are_in_the_columns_that_training_reads(
+    config: str, world: Path, tmp_path: Path
+) -> None:
+    questions, file = tmp_path / "questions.jsonl", tmp_path / "written.jsonl"
+    rows = [{"problem": f"{n}+1?", "worked": "so", "right": n + 1} for n in range(3)]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    changes = [
+        f"tessy.questions={questions}", "data.prompt_column=problem", "data.answer_column=right",
+        "data.solution_column=worked", "data.messages_column=chat", f"data.path={file}",
+        "tessy.max_questions=2", "tessy.skip_questions=1", "data.batch_size=4",
+    ]  # fmt: skip
+    told = tessy.write(config, overrides=[*changes, "data.max_answer=14"])
+    assert "training would cut 4 of these answers" in told
+    written = rows_in(file)
+    assert [row["right"] for row in written] == ["2", "2", "3", "3"]
+    assert all(row["worked"] == row["chat"][-1]["content"] for row in written)
+    checked = load_config(config, changes)
+    read = list(read_questions(checked.data, Path(), []))
+    assert [example.solution for example in read] == [row["worked"] for row in written]
+    train(checked, tmp_path / "run")
+    with pytest.raises(UserError, match=r"data.answer_column 'number'"):
+        tessy.write(config, overrides=[*changes, "data.answer_column=number"])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +326,8 @@ def test_the_best_of_some_is_what_the_teacher_finds_most_likely(
     def best(drafts: list[Draft], judge: Any) -> Draft:
         found = choose(drafts, judge)
         prompt = [judge.prompt(drafts[0].example, "")]
-        texts = [judge.tokens(d.text, closed=True) + judge.tokens(d.answer or "") for d in drafts]
+        closes = judge.format.closes
+        texts = [judge.tokens(d.text + closes) + judge.tokens(d.answer) for d in drafts]
         scores = [judge.mean_logprobs(prompt, [text])[0] for text in texts]
         assert found is drafts[scores.index(max(scores))]
         chosen.append(len(drafts))
@@ -212,43 +335,234 @@ def test_the_best_of_some_is_what_the_teacher_finds_most_likely(
 
     choose = samples.best
     monkeypatch.setattr(samples, "best", best)
-    changes = ["tessy.mode=best-of-n", "tessy.num_candidates=3", "data.max_examples=2"]
+    changes = ["tessy.mode=best-of-n", "tessy.num_candidates=3", "tessy.max_questions=2"]
     tessy.write(config, output=tmp_path / "written.jsonl", overrides=changes)
     assert chosen == [3, 3, 3, 3]
 
 
-def test_samples_that_fail_are_told_apart_and_not_tried_for_ever(
-    world: Path, tmp_path: Path
+def test_samples_that_fail_are_told_apart_and_tried_again_where_more_tries_are_allowed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, file = str(world / "config.yaml"), tmp_path / "written.jsonl"
+    changes = ["tessy.max_tokens=3", "tessy.retries=1"]
     with pytest.raises(UserError, match=r"no sample was finished: .*the thinking is too long"):
-        tessy.write(config, output=file, overrides=["tessy.max_tokens=3"])
+        tessy.write(config, output=file, overrides=changes)
     failed = rows_in(tmp_path / "written-failed.jsonl")
-    assert sorted(row["number"] for row in failed) == list(range(8))
+    assert [row["number"] for row in failed] == list(range(8))
+    assert {row["tries"] for row in failed} == {2}
+    attempts: list[int] = []
+
+    def seen(self: Any, drafts: list[Draft]) -> None:
+        attempts.extend(draft.attempt for draft in drafts)
+        step(self, drafts)
+
+    step = Cooperation.step
+    monkeypatch.setattr(Cooperation, "step", seen)
+    for retries, expected in ((1, set()), (3, {2, 3})):
+        with pytest.raises(UserError, match="no sample was finished"):
+            tessy.write(config, output=file, overrides=[*changes, f"tessy.retries={retries}"])
+        assert set(attempts) == expected
+    assert {row["tries"] for row in rows_in(tmp_path / "written-failed.jsonl")} == {4}
 
 
-def test_a_model_annotates_by_quoting(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    workshop = open_workshop(load_config(str(world / "config.yaml")), CPU)
-    workshop.settings.fit.annotator = "model"
-    from diffdistill.pipelines.writing import Continuation, LocalWriter
-
+@pytest.mark.parametrize("boundary", ["discard", "extend", "exact"])
+def test_stopped_writing_goes_on_beside_failed_samples_by_any_rule(
+    boundary: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers end by themselves here; two samples have none, and two have none at first."""
     original = LocalWriter.go_on
-    asked: list[list[int]] = []
 
-    def go_on(self: Any, prompts: Any, ids: Any, max_tokens: int) -> list[Continuation]:
-        if max_tokens != 1024:
-            return original(self, prompts, ids, max_tokens)
-        asked.extend(prompts)
-        text = self.family.decoded(prompts[0])
-        quote = json.dumps([text[-3:].strip() or "x"])
-        return [Continuation(quote if i == 0 else "no list", True) for i in range(len(prompts))]
+    def go_on(self: Any, prompts: Any, ids: Any, limits: Any) -> list[Continuation]:
+        found = original(self, prompts, ids, [min(limit, 8) for limit in limits])
+        rows = zip(found, limits, ids, strict=True)
+        return [answered(new, number) if limit > 8 else new for new, limit, number in rows]
+
+    def answered(new: Continuation, draw: int) -> Continuation:
+        number, attempt = divmod(draw // STEPS, TRIES)
+        silent = number in (1, 4) or (number in (2, 5) and not attempt)
+        return Continuation("" if silent else f"x{new.text}", True)
+
+    def stopping(self: Any, waiting: Iterator[Draft]) -> Iterator[Draft]:
+        for count, draft in enumerate(run(self, waiting)):
+            if count == 4:
+                raise KeyboardInterrupt
+            yield draft
 
     monkeypatch.setattr(LocalWriter, "go_on", go_on)
+    run, config = Cooperation.run, str(world / "config.yaml")
+    whole, broken, raised = (tmp_path / f"{n}.jsonl" for n in ("whole", "broken", "raised"))
+    changes = [f"tessy.boundary={boundary}", "tessy.retries=1", "tessy.batch_size=3"]
+    tessy.write(config, output=whole, overrides=changes)
+    failed = tmp_path / "whole-failed.jsonl"
+    assert {1, 4} <= {row["number"] for row in rows_in(failed)}
+    assert {row["number"]: row["tries"] for row in rows_in(whole)}.get(2, 2) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Cooperation, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            tessy.write(config, output=broken, overrides=changes)
+    tessy.write(config, output=broken, overrides=changes)
+    tessy.write(config, output=raised, overrides=[*changes, "tessy.retries=0"])
+    tessy.write(config, output=raised, overrides=changes)
+    for other in (broken, raised):
+        assert other.read_bytes() == whole.read_bytes()
+        assert other.with_name(f"{other.stem}-failed.jsonl").read_bytes() == failed.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["teacher-think", "tessy"])
+def test_a_teacher_behind_a_server_writes_its_part(
+    mode: str, config: str, world: Path, tmp_path: Path
+) -> None:
+    network = AutoModelForCausalLM.from_pretrained(world / "teacher").eval()
+    tokens = AutoTokenizer.from_pretrained(world / "teacher")
+    local, far = tmp_path / "local.jsonl", tmp_path / "far.jsonl"
+    plain = [f"tessy.mode={mode}", "tessy.temperature=0", "tessy.num_samples=1"]
+    tessy.write(config, output=local, overrides=plain)
+    for address in range(2):  # the same model, at another port
+        with serving(TinyServer(network, tokens)) as server:
+            teacher = {"name": "server", "path": server.url, "timeout": 50 + address,
+                       "tokenizer_path": str(world / "teacher")}  # fmt: skip
+            changes = [*plain, f"tessy.teacher={json.dumps(teacher)}", "tessy.retries=0"]
+            limit = [] if address else ["tessy.max_questions=2"]
+            tessy.write(config, output=far, overrides=[*changes, *limit])
+    rows = rows_in(far)
+    assert [row["messages"] for row in rows] == [row["messages"] for row in rows_in(local)]
+    assert {row["revisions"].get("teacher", "tiny") for row in rows} == {"tiny"}
+    assert any("teacher" in row["revisions"] for row in rows)
+
+
+def test_tokens_are_counted_by_author_in_the_vocabulary_of_the_student(
+    config: str, world: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "written.jsonl"
+    told = tessy.write(config, output=file)
+    read = AutoTokenizer.from_pretrained(world / "student")
+
+    def count(text: str) -> int:
+        return len(read.encode(text, add_special_tokens=False))
+
+    rows, shares = rows_in(file), {"student": 0, "teacher": 0}
+    for row in rows:
+        content = row["messages"][-1]["content"]
+        assert row["tokens"]["total"] == count(content)
+        for author in shares:
+            parts = [content[s["start"] : s["end"]] for s in row["spans"] if s["author"] == author]
+            assert row["tokens"][author] == sum(map(count, parts))
+            shares[author] += row["tokens"][author]
+    share = shares["teacher"] / sum(shares.values())
+    assert f"{share:.4g}" in told
+
+
+@pytest.fixture
+def quoting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int]]]:
+    """Let annotators quote the end of every segment but each third; return what they were asked."""
+    original = LocalWriter.go_on
+    asked: list[tuple[Any, list[int]]] = []
+
+    def go_on(self: Any, prompts: Any, ids: Any, limits: Any) -> list[Continuation]:
+        if limits[0] != 1024:
+            return original(self, prompts, ids, limits)
+        asked.extend((self, prompt) for prompt in prompts)
+        quotes = [json.dumps(self.family.decoded(p).split()[-1:]) for p in prompts]
+        return [
+            Continuation(q if i % 3 else "none", True) for q, i in zip(quotes, ids, strict=True)
+        ]
+
+    monkeypatch.setattr(LocalWriter, "go_on", go_on)
+    return asked
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_model_annotates_by_quoting_and_does_not_think(
+    other: bool, world: Path, tmp_path: Path, quoting: list[tuple[Any, list[int]]]
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}\n{{ enable_thinking }}")
+    model = {"name": "causal-lm", "path": str(world / "teacher"), "chat_template": str(template)}
+    changes = ["tessy.fit.annotator=model", "data.student_thinking=true",
+               "data.student_prompt='Q: {question}'", "data.max_prompt=100"]  # fmt: skip
+    changes.append(f"tessy.{'fit.model' if other else 'teacher'}={json.dumps(model)}")
+    workshop = open_workshop(load_config(str(world / "config.yaml"), changes), CPU)
     lines: list[str] = []
-    found = annotated(workshop, lines.append)
-    assert any("no list of quotes" in line for line in lines)
-    assert all(segments for segments in found.values())
-    assert "JSON array" in workshop.writers["teacher"].family.decoded(asked[0])  # type: ignore[attr-defined]
+    found = annotated(workshop, tmp_path, lines.append)
+    assert any("replies of the annotator" in line and "%" in line for line in lines)
+    for author, segments in found.items():
+        rows = rows_in(tmp_path / f"annotated-{author}.jsonl")
+        assert len(rows) == len(segments) > 0
+        assert given(str(tmp_path / f"annotated-{author}.jsonl"))[author]
+    prompts = [writer.family.decoded(prompt) for writer, prompt in quoting]
+    assert all(prompt.startswith("Below is a passage") for prompt in prompts)
+    assert all(prompt.endswith("False") for prompt in prompts)
+    teacher = workshop.writers["teacher"].family
+    assert all((writer.family is teacher) is not other for writer, _ in quoting)
+
+
+def test_an_annotator_that_says_nothing_usable_is_an_error_with_its_share(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = open_workshop(
+        load_config(str(world / "config.yaml"), ["tessy.fit.annotator=model"]), CPU
+    )
+    with pytest.raises(UserError, match=r"of the annotator \(100.0%\) were no JSON array"):
+        annotated(workshop, tmp_path, lambda _: None)
+
+
+def test_given_annotations_are_cut_into_segments_of_each_author(
+    world: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "spans.jsonl"
+    rows = [
+        {"text": f"{author} " * 100, "spans": [[0, 7]], "author": author}
+        for author in ("student", "teacher")
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    changes = ["tessy.fit.annotator=given", f"tessy.fit.annotations={file}"]
+    workshop = open_workshop(load_config(str(world / "config.yaml"), changes), CPU)
+    found = annotated(workshop, tmp_path, lambda _: None)
+    for number, (author, segments) in enumerate(found.items()):
+        assert len(segments) == 41  # places of 60 of 100 words
+        assert {segment.source for segment in segments} == {number}
+        assert {word for segment in segments for word in segment.text.split()} == {author}
+        assert [s.spans for s in segments if s.spans] == [[(0, 7)]]
+    workshop.settings.fit.annotations = None
+    with pytest.raises(UserError, match="needs a file of spans"):
+        annotated(workshop, tmp_path, lambda _: None)
+
+
+def test_fitting_goes_on_where_it_was_stopped(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quoting: list[tuple[Any, list[int]]],
+) -> None:
+    config = str(world / "config.yaml")
+    changes = ["tessy.fit.annotator=model", "tessy.batch_size=2", "tessy.fit.segment_words=3"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    tessy.fit(config, output=whole, overrides=changes)
+    asked = len(quoting)
+
+    def stopping(name: str, rows: int) -> Callable[..., None]:
+        def add(self: Any, row: dict[str, Any]) -> None:
+            if self.path.name == name and len(self.rows) == rows:
+                raise KeyboardInterrupt
+            original(self, row)
+
+        return add
+
+    original = Store.add
+    for name, rows in (("texts-teacher.jsonl", 2), ("annotated-student.jsonl", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "add", stopping(name, rows))
+            with pytest.raises(KeyboardInterrupt):
+                tessy.fit(config, output=broken, overrides=changes)
+    quoting.clear()
+    tessy.fit(config, output=broken, overrides=changes)
+    assert 0 < len(quoting) < asked
+    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
+    assert Path("texts-student.jsonl") in files
+    for file in files:
+        assert (broken / file).read_bytes() == (whole / file).read_bytes(), file
+    with pytest.raises(UserError, match=r"written otherwise \(temperature\)"):
+        tessy.fit(config, output=broken, overrides=[*changes, "tessy.temperature=0.5"])
 
 
 def test_the_commands_are_on_the_command_line(

@@ -1,5 +1,6 @@
 """Models that go on with a text that another may have written."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def test_a_prompt_is_the_chat_and_then_the_text_in_the_tokens_of_the_writer(
     found = own.prompt(QUESTION, text)
     assert found[: len(asked)] == asked
     assert own.family.decoded(found[len(asked) :]) == f"<think>\n{text}"
-    closed = own.prompt(QUESTION, text, closed=True)
-    assert own.family.decoded(closed[len(asked) :]) == f"<think>\n{text}</think>\n\n"
+    closed = own.prompt(QUESTION, text, answer="it")
+    assert own.family.decoded(closed[len(asked) :]) == f"<think>\n{text}</think>\n\nit"
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
@@ -102,7 +103,7 @@ def test_special_tokens_are_no_text_unless_they_end_the_thinking(world: Path) ->
 def test_greedy_writing_is_what_generate_of_transformers_writes(kind: str, world: Path) -> None:
     own = writer(world, kind, temperature=0.0)
     prompts = [own.prompt(QUESTION, text) for text in ("", "so it")]
-    found = own.go_on(prompts, [0, 1], 7)
+    found = own.go_on(prompts, [0, 1], [7, 7])
     words_of = AutoTokenizer.from_pretrained(world / kind)
     network = AutoModelForCausalLM.from_pretrained(world / kind).eval()
     for prompt, new in zip(prompts, found, strict=True):
@@ -121,10 +122,11 @@ def test_greedy_writing_is_what_generate_of_transformers_writes(kind: str, world
 def test_what_is_written_depends_on_the_number_and_not_on_the_batch(world: Path) -> None:
     own = writer(world, "student")
     prompts = [own.prompt(QUESTION, text) for text in ("", "so", "12 and")]
-    together = own.go_on(prompts, [5, 6, 7], 9)
-    alone = [own.go_on([p], [i], 9)[0] for p, i in zip(prompts, (5, 6, 7), strict=True)]
-    assert together == alone
-    assert own.go_on(prompts[:1], [8], 9) != together[:1]
+    limits = (9, 20, 4)
+    together = own.go_on(prompts, [5, 6, 7], limits)
+    rows = zip(prompts, (5, 6, 7), limits, strict=True)
+    assert together == [own.go_on([p], [i], [limit])[0] for p, i, limit in rows]
+    assert own.go_on(prompts[:1], [8], [9]) != together[:1]
 
 
 class Never:
@@ -202,14 +204,38 @@ def test_a_server_writes_what_its_model_writes_at_hand(world: Path) -> None:
         )  # fmt: skip
         prompts = [far.prompt(QUESTION, text) for text in ("", "so it")]
         assert prompts == [own.prompt(QUESTION, text) for text in ("", "so it")]
-        served, local = far.go_on(prompts, [0, 1], 6), own.go_on(prompts, [0, 1], 6)
+        served, local = far.go_on(prompts, [0, 1], [6, 7]), own.go_on(prompts, [0, 1], [6, 7])
         assert served == local
         assert len(served[0].text) > 4
         texts = [own.tokens("is 4."), own.tokens("x = [1, 2]\n")]
         expected = own.mean_logprobs(prompts, texts)
         assert far.mean_logprobs(prompts, texts) == pytest.approx(expected, rel=1e-4)
-        bodies = [body for body in server.asked if body["max_tokens"] == 6]
+        bodies = [body for body in server.asked if body["max_tokens"] > 1]
+        assert sorted(body["max_tokens"] for body in bodies) == [6, 7]
         assert len({body["seed"] for body in bodies}) == 2
         server.replies.append((200, {"choices": [{"text": "x", "finish_reason": "abort"}]}))
         with pytest.raises(UserError, match="no reason why it ends"):
-            far.go_on(prompts[:1], [0], 6)
+            far.go_on(prompts[:1], [0], [6])
+
+
+def test_a_marker_that_is_a_special_token_is_asked_of_a_server(world: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(world / "student").eval()
+    tokens = AutoTokenizer.from_pretrained(world / "student")
+    with serving(TinyServer(network, tokens)) as server:
+        parts: dict[str, Any] = {"path": server.url, "device": CPU}
+        family = Server(**parts, tokenizer_path=str(world / "student"))
+        reads: Any = family
+        parts = {"read": Questions(reads, family), "sampling": Sampling(1, 0.0), "draws": Draws(3)}
+        far = ServedWriter(family=family, format=MARKS, **parts)
+        prompt = far.prompt(QUESTION, "")
+        assert family.served == "tiny"
+        reply = {"choices": [{"text": "7.<mask><|start|>", "finish_reason": "stop"}]}
+        server.replies.append((200, reply))
+        assert far.go_on([prompt], [0], [6])[0].text == "7.<mask>"
+        assert server.asked[-1]["skip_special_tokens"] is False
+        plain = ServedWriter(family=family, format=Format("<think>\n"), **parts)
+        plain.go_on([prompt], [0], [6])
+        assert "skip_special_tokens" not in server.asked[-1]
+        other = replace(family, protocol="openai")
+        with pytest.raises(UserError, match="leaves special tokens out of its texts"):
+            ServedWriter(family=other, format=MARKS, **parts).go_on([prompt], [0], [6])

@@ -114,7 +114,8 @@ class TinyServer:
         text = (self.echo or self.tokenizer.decode(tokens)) if body.get("echo") else ""
         choice: dict[str, Any] = {"index": 0, "text": text + "!", "finish_reason": "length"}
         if body.get("max_tokens", 1) > 1:
-            choice |= self.continued(tokens, body["max_tokens"])
+            skipped = body.get("skip_special_tokens", True)
+            choice |= self.continued(tokens, body["max_tokens"], skipped=skipped)
         if (count := body.get("prompt_logprobs")) is not None:
             rows = self.judged(tokens, count, body)
             described = [
@@ -143,7 +144,7 @@ class TinyServer:
         return {"object": "text_completion", "choices": [choice]}
 
     @torch.no_grad()
-    def continued(self, tokens: Sequence[int], count: int) -> dict[str, Any]:
+    def continued(self, tokens: Sequence[int], count: int, *, skipped: bool) -> dict[str, Any]:
         """Return what is most likely to follow, and why it ends."""
         found: list[int] = []
         while len(found) < count:
@@ -154,7 +155,8 @@ class TinyServer:
                 break
             found.append(token)
         reason = "stop" if len(found) < count else "length"
-        return {"text": self.tokenizer.decode(found), "finish_reason": reason}
+        text = self.tokenizer.decode(found, skip_special_tokens=skipped)
+        return {"text": text, "finish_reason": reason}
 
     def generate(self, body: Any) -> Any:
         tokens, start = body["input_ids"], body["logprob_start_len"]

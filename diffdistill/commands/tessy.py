@@ -12,8 +12,9 @@ from diffdistill.errors import UserError
 from diffdistill.reward_building import build_answer_reward
 from diffdistill.session import default_device
 from diffdistill.synthesis.building import Workshop, open_workshop
+from diffdistill.synthesis.dependence import samples_depend_on
 from diffdistill.synthesis.fitting import fit_predictors
-from diffdistill.synthesis.samples import about, write_samples
+from diffdistill.synthesis.samples import check_columns, write_samples
 from diffdistill.synthesis.storing import Store
 from diffdistill.types import Example
 
@@ -60,6 +61,7 @@ def write(config: str, *, output: Path | None = None, overrides: Sequence[str] =
         UserError: If the config does not say how, or the output holds other samples.
     """
     checked = load_config(config, overrides)
+    check_columns(checked.data)
     workshop = open_workshop(checked, default_device())
     if output is None:
         if workshop.settings.questions is None or checked.data.path is None:
@@ -67,13 +69,27 @@ def write(config: str, *, output: Path | None = None, overrides: Sequence[str] =
                 "name a file: --output, or data.path of the config where tessy.questions is set"
             )
         output = Path(checked.data.path).expanduser()
-    store = Store.open(output, about(workshop))
-    if store.rows or store.failed:
-        _say(f"{len(store.rows) + len(store.failed)} samples are there already")
-    write_samples(workshop, store, lambda count: _say(f"{count} samples", count))
+    questions = workshop.questions()
+    store = Store.open(output, samples_depend_on(workshop, questions))
+    _say(_planned(workshop, len(questions), store))
+    write_samples(workshop, questions, store, lambda count: _say(f"{count} samples", count))
     if not store.rows:
-        raise UserError(f"no sample was finished: {_reasons(store)}")
+        raise UserError(f"no sample was finished: {store.reasons()}")
     return _told(workshop, store)
+
+
+def _planned(workshop: Workshop, count: int, store: Store) -> str:
+    """Return what is to be written, and what training would not read of it."""
+    settings, limit = workshop.settings, workshop.config.data.max_answer
+    lines = [f"{count} questions, {count * settings.num_samples} samples"]
+    if store.rows or store.failed:
+        lines.append(f"{len(store.rows) + len(store.failed)} samples are there already")
+    if limit < settings.max_tokens:
+        lines.append(
+            f"data.max_answer is {limit} and tessy.max_tokens {settings.max_tokens}: training "
+            "cuts longer answers"
+        )
+    return "\n".join(lines)
 
 
 def _told(workshop: Workshop, store: Store) -> str:
@@ -89,7 +105,20 @@ def _told(workshop: Workshop, store: Store) -> str:
     }
     shown = [[name, f"{value:.4g}"] for name, value in numbers.items() if value is not None]
     lines = [str(store.path), render(["of what was written", "value"], shown)]
-    return "\n".join(lines + ([f"failed: {_reasons(store)}"] if store.failed else []))
+    lines += [f"failed: {store.reasons()}"] if store.failed else []
+    return "\n".join(lines + _cut(tokens, workshop.config.data.max_answer))
+
+
+def _cut(tokens: Sequence[dict[str, int]], limit: int) -> list[str]:
+    """Return a line on the answers, with an end token each, of which training cuts a part."""
+    lengths = [count["total"] + 1 for count in tokens]
+    longer = sum(length > limit for length in lengths)
+    if not longer:
+        return []
+    return [
+        f"training would cut {longer} of these answers: data.max_answer is {limit}, set it to "
+        f"{max(lengths)} or more"
+    ]
 
 
 def _share(tokens: Sequence[dict[str, int]]) -> float:
@@ -99,17 +128,14 @@ def _share(tokens: Sequence[dict[str, int]]) -> float:
 
 def _right(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> float | None:
     """Return the mean reward of what was written; None where nothing verifies it."""
-    if not workshop.config.rewards or not all("answer" in row for row in rows):
+    data = workshop.config.data
+    column = data.answer_column or "answer"
+    if not workshop.config.rewards or not all(column in row for row in rows):
         return None
     reward = build_answer_reward(workshop.config, workshop.device)
-    examples = [Example("", answer=str(row["answer"])) for row in rows]
-    texts = [row["messages"][-1]["content"] for row in rows]
+    examples = [Example("", answer=str(row[column])) for row in rows]
+    texts = [row[data.messages_column][-1]["content"] for row in rows]
     return reward.score(texts, examples).mean().item()
-
-
-def _reasons(store: Store) -> str:
-    reasons = sorted({row["why"] for row in store.failed.values()})
-    return "; ".join(reasons) or "there was nothing to write"
 
 
 def _say(text: str, count: int = 0) -> None:

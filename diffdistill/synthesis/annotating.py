@@ -3,16 +3,17 @@
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffdistill.boundaries import Author, quoted_spans
+from diffdistill.boundaries import WORDS, Author, quoted_spans
 from diffdistill.data.problems import Problem, settle
 from diffdistill.data.tables import read_table
 from diffdistill.errors import UserError
 from diffdistill.pipelines.boundary_fitting import Annotated
 from diffdistill.pipelines.writing import Writer
+from diffdistill.synthesis.storing import Store
 from diffdistill.types import Example
 
 REQUEST = """Below is a passage from someone thinking aloud about a problem.
@@ -27,7 +28,6 @@ the order of the passage. If there is no such part, answer [].
 Passage:
 """
 """What an annotator is asked; the wording is ours, the task is that of TESSY's table 2."""
-WORDS = re.compile(r"\S+\s*")
 
 
 def segments_of(
@@ -41,8 +41,23 @@ def segments_of(
     for first in chosen:
         start, end = places[first][0], places[min(first + words, len(places)) - 1][1]
         inside = ((max(a, start) - start, min(b, end) - start) for a, b in text.spans)
-        found.append(Annotated(text.text[start:end], [(a, b) for a, b in inside if a < b]))
+        spans = [(a, b) for a, b in inside if a < b]
+        found.append(Annotated(text.text[start:end], spans, text.source))
     return found
+
+
+def rule_of(pattern: str) -> re.Pattern[str]:
+    """Return a regular expression of style.
+
+    Raises:
+        UserError: If it is none, or empty.
+    """
+    if not pattern:
+        raise UserError("tessy.fit.pattern: annotator rule needs a regular expression of style")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"tessy.fit.pattern {pattern!r}: {error}") from None
 
 
 def by_rule(pattern: str, segments: Sequence[Annotated]) -> list[Annotated]:
@@ -51,43 +66,53 @@ def by_rule(pattern: str, segments: Sequence[Annotated]) -> list[Annotated]:
     Raises:
         UserError: If it is none, or empty.
     """
-    if not pattern:
-        raise UserError("tessy.fit.pattern: annotator rule needs a regular expression of style")
-    try:
-        rule = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"tessy.fit.pattern {pattern!r}: {error}") from None
+    rule = rule_of(pattern)
     return [
-        Annotated(text, [found.span() for found in rule.finditer(text) if found.group()])
-        for text, _ in segments
+        segment._replace(spans=[m.span() for m in rule.finditer(segment.text) if m.group()])
+        for segment in segments
     ]
 
 
 def by_model(
-    writer: Writer, segments: Sequence[Annotated], *, batch_size: int, max_tokens: int, first: int
-) -> tuple[list[Annotated], int]:
-    """Return segments whose style is what a model quotes, and how many it said nothing usable of.
+    writer: Writer,
+    segments: Mapping[int, Annotated],
+    store: Store,
+    *,
+    author: Author,
+    batch_size: int,
+    max_tokens: int,
+    first: int,
+) -> list[Annotated]:
+    """Return the segments of which a model quotes the style; what a store has is not asked.
 
     Args:
         writer: The model.
-        segments: The segments.
+        segments: The segments by number.
+        store: Gets what is said of each, as the annotator ``given`` reads it.
+        author: Who wrote the segments.
         batch_size: How many at a time.
         max_tokens: Of a reply.
-        first: The number of the first; with the seed it says what is sampled.
+        first: Added to their numbers; with the seed that says what is sampled.
     """
-    found, unusable = list[Annotated](), 0
-    for start in range(0, len(segments), batch_size):
-        batch = segments[start : start + batch_size]
-        asked = [writer.read.prompt(_request(segment.text)) for segment in batch]
-        numbers = range(first + start, first + start + len(batch))
-        replies = writer.go_on(asked, numbers, max_tokens)
-        for segment, reply in zip(batch, replies, strict=True):
-            quotes = read_quotes(reply.text)
+    waiting = [number for number in segments if not store.settled(number)]
+    for start in range(0, len(waiting), batch_size):
+        batch = waiting[start : start + batch_size]
+        asked = [writer.read.prompt(_request(segments[number].text)) for number in batch]
+        numbers = [first + number for number in batch]
+        replies = writer.go_on(asked, numbers, [max_tokens] * len(batch))
+        for number, reply in zip(batch, replies, strict=True):
+            quotes, text = read_quotes(reply.text), segments[number].text
             if quotes is None:
-                unusable += 1
+                store.fail(number, "the reply is no JSON array of strings", 1)
             else:
-                found.append(Annotated(segment.text, quoted_spans(segment.text, quotes)))
-    return found, unusable
+                row = {"text": text, "spans": quoted_spans(text, quotes), "author": author}
+                store.add({"number": number, **row})
+    store.finish()
+    return [
+        segment._replace(spans=[(start, end) for start, end in store.rows[number]["spans"]])
+        for number, segment in segments.items()
+        if number in store.rows
+    ]
 
 
 def read_quotes(reply: str) -> list[str] | None:
@@ -119,7 +144,8 @@ def given(path: str) -> dict[Author, list[Annotated]]:
             detail = "expected text, spans [[start, end], ...] within it, author student or teacher"
             problems.append(Problem("malformed annotation", row.origin, detail))
         else:
-            texts[author].append(Annotated(text, [(a, b) for a, b in spans]))
+            number = sum(map(len, texts.values()))
+            texts[author].append(Annotated(text, [(a, b) for a, b in spans], number))
     settle(problems, "error")
     if not any(texts.values()):
         raise UserError(f"tessy.fit.annotations {path}: no annotated text in it (.jsonl)")

@@ -1,6 +1,5 @@
 """The writers and predictors that a config's section ``tessy`` describes, and its questions."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,6 @@ from diffdistill.errors import UserError
 from diffdistill.family_building import asking_of, build_family, resolve_model
 from diffdistill.pipelines.boundary import Boundary
 from diffdistill.pipelines.causal_lm import CausalLM
-from diffdistill.pipelines.loading import identity
 from diffdistill.pipelines.questions import Asking, Questions
 from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.writing import Format, LocalWriter, ServedWriter, Writer
@@ -50,20 +48,38 @@ class Workshop:
         Raises:
             UserError: If they are missing.
         """
-        settings, boundaries = self.settings, dict[Author, Boundary]()
-        if any(len(plan.thinkers) > 1 for plan in PLANS[settings.mode]):
-            if settings.predictors is None:
-                raise UserError(
-                    f"tessy.mode {settings.mode} needs boundary predictors: set tessy.predictors "
-                    "to the folder that diffdistill tessy fit-predictors made"
-                )
-            for author in AUTHORS:
-                folder = Path(settings.predictors).expanduser() / author
-                boundaries[author] = Boundary.load(folder, settings.context, self.device)
-        return Cooperation(self.writers, boundaries, settings)
+        boundaries = {
+            author: Boundary.load(folder, self.settings.context, self.device)
+            for author, folder in self.predictor_folders().items()
+        }
+        return Cooperation(self.writers, boundaries, self.settings)
 
-    def questions(self, count: int | None = None) -> Iterator[Example]:
-        """Yield the questions that both models can be asked.
+    def predictor_folders(self) -> dict[Author, Path]:
+        """Return where the predictors are that the mode needs.
+
+        Raises:
+            UserError: If it is not said.
+        """
+        settings = self.settings
+        if all(len(plan.thinkers) == 1 for plan in PLANS[settings.mode]):
+            return {}
+        if settings.predictors is None:
+            raise UserError(
+                f"tessy.mode {settings.mode} needs boundary predictors: set tessy.predictors "
+                "to the folder that diffdistill tessy fit-predictors made"
+            )
+        return {author: Path(settings.predictors).expanduser() / author for author in AUTHORS}
+
+    @property
+    def authors(self) -> list[Author]:
+        """Who has a say in samples of the mode: who writes, and who chooses one of some."""
+        plans = PLANS[self.settings.mode]
+        found = {author for plan in plans for author in (*plan.thinkers, plan.answerer)}
+        chooses = self.settings.mode == "best-of-n"
+        return [a for a in AUTHORS if a in found or (chooses and a == "teacher")]
+
+    def questions(self, count: int | None = None) -> list[Example]:
+        """Return the questions that both models can be asked, and say which were left out.
 
         Args:
             count: How many at most; None is all.
@@ -71,30 +87,24 @@ class Workshop:
         Raises:
             UserError: If they cannot be read, or there is none.
         """
-        data, problems = self.config.data, list[Problem]()
-        if self.settings.questions is not None:
-            data = replace(data, path=self.settings.questions, source=None)
+        settings, problems = self.settings, list[Problem]()
+        data = replace(
+            self.config.data,
+            skip_examples=settings.skip_questions,
+            max_examples=settings.max_questions,
+        )
+        if settings.questions is not None:
+            data = replace(data, path=settings.questions, source=None)
         readers = [writer.read for writer in self.writers.values()]
         found = read_questions(data, Path(), problems)
         usable = (e for e in found if all(reader.usable(e) for reader in readers))
-        empty = True
-        for example in islice(usable, count):
-            empty = False
-            yield example
+        examples = list(islice(usable, count))
+        for reader in readers:
+            reader.release()
         settle(problems, data.on_error)
-        if empty:
+        if not examples:
             raise UserError(f"there is no usable question in {data.path or data.source}")
-
-    def revisions(self) -> dict[str, str]:
-        """Return a hash of what each model was read from; of a server, its model's name."""
-        found = dict[str, str]()
-        for author, writer in self.writers.items():
-            family = writer.family
-            if isinstance(family, Server):
-                found[author] = f"{family.path} {family.model or ''}".strip()
-            else:
-                found[author] = identity(family.folder)
-        return found
+        return examples
 
 
 def open_workshop(config: RunConfig, device: torch.device) -> Workshop:
@@ -152,7 +162,7 @@ def writer_of(
     if isinstance(built, CausalLM):
         network = built.network(path).eval()
         read = Questions(built, built, asking)
-        return LocalWriter(family=built, network=network, read=read, **parts)
+        return LocalWriter(family=built, network=network, path=path, read=read, **parts)
     if isinstance(built, Server):
         reads: Any = built  # of which only the tokenizer is asked
         return ServedWriter(family=built, read=Questions(reads, built, asking), **parts)

@@ -8,6 +8,7 @@ thinking, the student writes the final answer. Where only one author thinks, not
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from diffdistill.boundaries import Author, first_end, repeats, word_cut
 from diffdistill.pipelines.boundary import Boundary
@@ -16,6 +17,18 @@ from diffdistill.synthesis.drafts import Draft
 from diffdistill.tessy_settings import TessySettings
 
 AUTHORS: tuple[Author, ...] = ("student", "teacher")
+
+
+class Cut(NamedTuple):
+    """What is kept of a new text.
+
+    Attributes:
+        place: How many of its characters.
+        changes: Whether the other author is to go on, also where all is kept.
+    """
+
+    place: int
+    changes: bool
 
 
 @dataclass
@@ -47,6 +60,8 @@ class Cooperation:
                 elif draft.failure is not None and draft.attempt < self.settings.retries:
                     going.append(draft.again())
                 else:
+                    for writer in self.writers.values():
+                        writer.forget(draft.example)
                     yield draft
             active = going
 
@@ -64,39 +79,45 @@ class Cooperation:
     def _think(self, author: Author, drafts: Sequence[Draft]) -> None:
         settings, writer = self.settings, self.writers[author]
         prompts = [writer.prompt(draft.example, draft.text) for draft in drafts]
-        length = settings.max_tokens
+        length = settings.chunk
         if drafts[0].cooperative:
             length = settings.student_step if author == "student" else settings.teacher_step
-        found = writer.go_on(prompts, [draft.draw for draft in drafts], length)
-        places = self._places(author, drafts, found)
-        for draft, new, place in zip(drafts, found, places, strict=True):
-            self._accept(author, draft, new, place)
+        limits = [max(1, min(length, self._room(author, draft))) for draft in drafts]
+        found = writer.go_on(prompts, [draft.draw for draft in drafts], limits)
+        cuts = self._cuts(author, drafts, found)
+        for draft, new, cut in zip(drafts, found, cuts, strict=True):
+            self._accept(author, draft, new, cut)
             self._check(author, draft)
 
-    def _places(
+    def _room(self, author: Author, draft: Draft) -> int:
+        """Return how many tokens an author may still write."""
+        written = self.writers[author].tokens(draft.text + draft.answer)
+        return self.settings.max_tokens - len(written)
+
+    def _cuts(
         self, author: Author, drafts: Sequence[Draft], found: Sequence[Continuation]
-    ) -> list[int]:
-        """Return how many characters of each new text are kept."""
+    ) -> list[Cut]:
+        """Return what is kept of each new text."""
         if not drafts[0].cooperative:
-            return [len(new.text) for new in found]
+            return [Cut(len(new.text), changes=False) for new in found]
         starts = [len(draft.text) for draft in drafts]
         texts = [draft.text + new.text for draft, new in zip(drafts, found, strict=True)]
-        cuts = self.boundaries[author].cuts(texts, starts, author == "student")
+        places = self.boundaries[author].cuts(texts, starts, author == "student")
         return [
-            len(new.text)
-            if cut is None
-            else word_cut(new.text, cut - start, self.settings.boundary)
-            for new, cut, start in zip(found, cuts, starts, strict=True)
+            Cut(len(new.text), changes=False)
+            if place is None
+            else Cut(word_cut(new.text, place - start, self.settings.boundary), changes=True)
+            for new, place, start in zip(found, places, starts, strict=True)
         ]
 
-    def _accept(self, author: Author, draft: Draft, new: Continuation, place: int) -> None:
-        before, truncated = len(draft.text), place < len(new.text)
-        draft.write(author, new.text[:place])
+    def _accept(self, author: Author, draft: Draft, new: Continuation, cut: Cut) -> None:
+        before = len(draft.text)
+        draft.write(author, new.text[: cut.place])
         draft.steps += 1
         end = first_end(draft.text, self.settings.ends, before)
         if end is not None:
             draft.end(end)
-        elif truncated:
+        elif cut.changes:
             draft.change()
         elif new.ended:
             draft.end(len(draft.text))
@@ -106,9 +127,10 @@ class Cooperation:
     def _check(self, author: Author, draft: Draft) -> None:
         """Let a draft fail that is too long or repeats itself."""
         settings = self.settings
-        if len(self.writers[author].tokens(draft.text)) >= settings.max_tokens:
+        often = not draft.cooperative or draft.steps % settings.check_every == 0
+        if self._room(author, draft) < 1:
             draft.failure = "the thinking is too long"
-        elif draft.steps % settings.check_every == 0 or not draft.thinking:
+        elif often or not draft.thinking:
             again = repeats(
                 draft.text,
                 characters=settings.check_characters,
@@ -118,15 +140,19 @@ class Cooperation:
             draft.failure = "the thinking repeats itself" if again else draft.failure
 
     def _answer(self, author: Author, drafts: Sequence[Draft]) -> None:
-        """Let an author write final answers with the tokens that are left."""
-        writer = self.writers[author]
-        prompts = [writer.prompt(draft.example, draft.text, closed=True) for draft in drafts]
-        left = [self.settings.max_tokens - len(writer.tokens(draft.text)) for draft in drafts]
-        found = writer.go_on(prompts, [draft.draw for draft in drafts], max(1, *left))
-        for draft, new, room in zip(drafts, found, left, strict=True):
+        """Let an author go on with final answers, each with the tokens that are left to it."""
+        writer, rooms = self.writers[author], [self._room(author, draft) for draft in drafts]
+        asked = [pair for pair in zip(drafts, rooms, strict=True) if pair[1] > 0]
+        prompts = [writer.prompt(d.example, d.text, answer=d.answer) for d, _ in asked]
+        limits = [min(self.settings.chunk, room) for _, room in asked]
+        found = writer.go_on(prompts, [draft.draw for draft, _ in asked], limits) if asked else []
+        for (draft, _), new in zip(asked, found, strict=True):
             draft.steps += 1
-            draft.answer = new.text
-            if not new.ended or len(writer.tokens(new.text)) > room:
-                draft.failure = "the answer is too long"
-            elif not new.text.strip():
+            draft.answer, draft.answered = draft.answer + new.text, new.ended
+            if new.ended and not draft.answer.strip():
                 draft.failure = "there is no answer"
+            elif not new.ended and not new.text:
+                draft.failure = "nothing was written"
+        for draft, room in zip(drafts, rooms, strict=True):
+            if room < 1:
+                draft.failure = "the answer is too long"

@@ -35,7 +35,7 @@ PLANS: dict[Mode, tuple[Plan, ...]] = {
     "mix": (Plan(("teacher",), "teacher"), Plan(("student",), "student")),
     "best-of-n": (Plan(("student",), "student"),),
 }
-"""The plans that a mode's samples take in turn (section 3.1 and table 1 of TESSY)."""
+"""The plans that a mode's samples take in turn (see docs/methods/tessy.md)."""
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Draft:
         spans: Who wrote which part of that.
         steps: How often a model has been asked.
         thinking: Whether there is more to think.
-        answer: The final answer, once it is there.
+        answer: The final answer as far as it is written.
+        answered: Whether that is all of it.
         failure: Why the sample is of no use; None as long as it is.
     """
 
@@ -65,7 +66,8 @@ class Draft:
     spans: list[Span] = field(default_factory=list)
     steps: int = 0
     thinking: bool = True
-    answer: str | None = None
+    answer: str = ""
+    answered: bool = False
     failure: str | None = None
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Draft:
     @property
     def done(self) -> bool:
         """Whether nothing more is to be written."""
-        answered = self.plan.answerer is None or self.answer is not None
+        answered = self.plan.answerer is None or self.answered
         return self.failure is not None or (not self.thinking and answered)
 
     @property
@@ -125,7 +127,7 @@ class Written(NamedTuple):
 
 def written(draft: Draft, opens: str, closes: str) -> Written:
     """Return the answer that a draft comes to, between what opens and closes the thinking."""
-    assert draft.answer is not None, "a finished draft"
+    assert draft.answered, "a finished draft"
     assert draft.plan.answerer is not None, "a plan with an answer"
     parts: list[tuple[Author, str]] = [("template", opens)]
     parts += [(span.author, draft.text[span.start : span.end]) for span in draft.spans]

@@ -67,10 +67,10 @@ class Timed(LocalWriter):
 
     clock: Clock
 
-    def go_on(self, prompts: Any, ids: Any, max_tokens: int) -> Any:
+    def go_on(self, prompts: Any, ids: Any, limits: Any) -> Any:
         """Return what the model writes."""
         with self.clock.of("writing"):
-            found = super().go_on(prompts, ids, max_tokens)
+            found = super().go_on(prompts, ids, limits)
         self.clock.written += sum(len(self.tokens(new.text)) for new in found)
         return found
 
