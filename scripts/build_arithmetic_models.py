@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from build_text_models import BLOCK, CPU, Optimizers, Rows, attention_in_float32, rows_of, save
+from model_building import BLOCK, CPU, Optimizers, Rows, attention_in_float32, rows_of, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -30,7 +30,7 @@ from build_arithmetic_models import (
     train,
     written,
 )
-from build_text_models import rows_of, save
+from model_building import rows_of, save
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from diffdistill.evaluation import arithmetic, editing

@@ -11,21 +11,27 @@ one. All begin as random weights, and each diffusion model as an autoregressive 
 """
 
 import argparse
-import ctypes
-import json
 import math
 import multiprocessing
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from model_building import (
+    BLOCK,
+    CPU,
+    Optimizers,
+    Rows,
+    attention_in_float32,
+    give_back,
+    rows_of,
+    save,
+)
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -36,15 +42,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeTopKRouter,
     load_balancing_loss_func,
 )
 from transformers.utils import logging as transformers_logging
 
-from diffdistill.bundled import bundled
 from diffdistill.draws import Draws
 from diffdistill.evaluation.language import answering, fitting, infilling, likelihood
 from diffdistill.evaluation.likelihood import MonteCarlo
@@ -60,12 +63,10 @@ from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Role
 from diffdistill.types import Example, Progress
 
-CPU = torch.device("cpu")
 PARTS = ("dense", "moe", "ar-teacher", "student")
 """The longest first."""
 AUTOREGRESSIVE = ("python-ar", "python-ar-teacher")
 """The models that are not trained by denoising."""
-BLOCK = 16
 LENGTH = 192
 LOWEST = 0.25
 """The lowest noise level in training: gradients of lower ones vary most."""
@@ -114,12 +115,6 @@ RECIPES = {
     ),
     "ar-teacher": Recipe(hidden=160, layers=5, heads=5, inner=432, ar_steps=800),
 }
-
-
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """The rows of a bundled file."""
-    lines = bundled("data", name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def example_of(row: Mapping[str, Any]) -> Example:
@@ -210,90 +205,6 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture))
 
 
-class Rows:
-    """Rows of tokens, drawn in batches of like lengths: an epoch after the other, shuffled."""
-
-    def __init__(self, lengths: Sequence[int], tokens: int, seed: int) -> None:
-        """Take the length of each row, and how many tokens a batch has at most."""
-        self.lengths = torch.tensor(lengths)
-        self.tokens = tokens
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the numbers of a batch's rows, for ever."""
-        while True:
-            jitter = torch.rand(len(self.lengths), generator=self.generator) * BLOCK
-            order = (self.lengths + jitter).argsort().tolist()
-            groups: list[list[int]] = [[]]
-            longest = 0
-            for number in order:
-                longest = max(longest, -(-int(self.lengths[number]) // BLOCK) * BLOCK)
-                if groups[-1] and longest * (len(groups[-1]) + 1) > self.tokens:
-                    groups.append([])
-                    longest = -(-int(self.lengths[number]) // BLOCK) * BLOCK
-                groups[-1].append(number)
-            for place in torch.randperm(len(groups), generator=self.generator).tolist():
-                yield groups[place]
-
-
-def float32_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **options: Any,
-) -> Any:
-    """What sdpa does, in float32: torch's bfloat16 kernel is several times slower on a CPU."""
-    with torch.autocast("cpu", enabled=False):
-        parts = query.float(), key.float(), value.float()
-        found, weights = sdpa_attention_forward(module, *parts, mask, **options)
-    return found.to(query.dtype), weights
-
-
-@contextmanager
-def attention_in_float32() -> Iterator[None]:
-    """Let every network's sdpa be ``float32_attention`` within the block."""
-    AttentionInterface.register("sdpa", float32_attention)
-    try:
-        yield
-    finally:
-        AttentionInterface.register("sdpa", sdpa_attention_forward)
-
-
-class Optimizers:
-    """Muon for the matrices between embedding and head, AdamW for everything else.
-
-    Muon takes less than half of AdamW's steps here. The matrices of experts are stored as one
-    tensor, which it does not take.
-    """
-
-    def __init__(self, network: nn.Module, recipe: Recipe, steps: int) -> None:
-        """Start both, with rates that rise over 20 steps, stay, and fall over the last 40 %."""
-        matrices = [
-            weight
-            for name, weight in network.named_parameters()
-            if weight.ndim == 2 and "layers" in name and "gate.weight" not in name
-        ]
-        known = {id(weight) for weight in matrices}
-        others = [weight for weight in network.parameters() if id(weight) not in known]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.01),
-        ]
-        self.rates = [part.param_groups[0]["lr"] for part in self.parts]
-        self.network, self.steps = network, steps
-
-    def step(self, number: int) -> None:
-        """Take a step of both, and forget the gradients."""
-        share = min((number + 1) / 20, 1.0, (self.steps - number) / (0.4 * self.steps))
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        for part, rate in zip(self.parts, self.rates, strict=True):
-            part.param_groups[0]["lr"] = rate * share
-            part.step()
-            part.zero_grad()
-
-
 class Balance:
     """What keeps all experts of a network in use; 0 for a network without any.
 
@@ -324,13 +235,6 @@ class Balance:
         """Stop to listen."""
         for hook in self.hooks:
             hook.remove()
-
-
-def give_back() -> None:
-    """Returns freed memory to the system: batches of many shapes leave gigabytes of gaps."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
 
 
 @attention_in_float32()
@@ -397,14 +301,6 @@ def denoising_losses(
         batch["ids"] = torch.arange(count, count + len(numbers))
         count += len(numbers)
         yield from (loss.value for loss in method.losses(batch, Progress(0, 1)))
-
-
-def save(network: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Saves a model in float16, and leaves it in float32."""
-    shutil.rmtree(folder, ignore_errors=True)
-    network.half().save_pretrained(folder)
-    network.float()
-    tokenizer.save_pretrained(folder)
 
 
 def reader_of(folder: Path, part: str) -> LanguageFamily:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from build_text_models import Optimizers
+from model_building import Optimizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (

@@ -1,7 +1,8 @@
 """The builder of the bundled language models: tokenizers that disagree, batches, balance."""
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -15,17 +16,14 @@ from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.byte_spans import Speller
 from diffdistill.pipelines.chats import chat_rows, read_chat
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    script = Path(__file__).parents[1] / "scripts" / "build_text_models.py"
-    spec = importlib.util.spec_from_file_location("build_text_models", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def builder() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPTS))  # scripts import each other by name
+    yield importlib.import_module("build_text_models")
+    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     yield {name: importlib.import_module(name) for name in names}
     for folder in folders:
         sys.path.remove(folder)
-    for name in (*names, "build_text_models", "collecting"):
+    for name in (*names, "model_building", "collecting"):
         sys.modules.pop(name, None)
 
 
