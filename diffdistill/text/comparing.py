@@ -70,7 +70,7 @@ class Comparing(Selecting, Ranking):
     beta: float = 0.5
     support: Support | Literal["full"] = "full"
     support_size: int = 20
-    correction: Correction = "generalized"
+    correction: Correction = "tail"
     allow_biased: bool = False
     entry_clip: float | None = None
     token_clip: float | None = None
