@@ -131,17 +131,7 @@ class Server(Reaching, TokenFamily):
     def written(
         self, prompt: Sequence[int], sampling: Sampling, seed: int, *, special: bool = False
     ) -> tuple[str, bool]:
-        """Return what the server writes after a prompt, and whether it ended it.
-
-        Args:
-            prompt: At least one token.
-            sampling: How it is sampled.
-            seed: Of the random numbers.
-            special: Whether special tokens are part of the text.
-
-        Raises:
-            UserError: If the server cannot, or does not say.
-        """
+        """Return what the server writes after a prompt: ``Completions.written``."""
         return self._completions.written(prompt, sampling, seed, special=special)
 
     @property

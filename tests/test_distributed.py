@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,33 @@ def values_of(data: Path, adapter: str, batch_size: int) -> dict[str, Any]:
     return values
 
 
+def both(
+    mode: str, runs: Mapping[str, Any], folder: Path, *, rel: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Train on one process and on two, and return both weights; their losses are alike."""
+    train(parse_config(runs["one"]), folder / "one")
+    printed = two_ranks(mode, runs["two"], folder / "two")
+    assert printed.startswith("exit 0"), printed
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=rel)
+    one, two = weights(folder / "one"), weights(folder / "two")
+    assert one.keys() == two.keys()
+    return one, two
+
+
+def check_alike(
+    one: Mapping[str, torch.Tensor],
+    two: Mapping[str, torch.Tensor],
+    *,
+    rtol: float,
+    atol: float,
+    of: str = "",
+) -> None:
+    """Compare the weights whose names begin with ``of``."""
+    for name, value in one.items():
+        if name.startswith(of):
+            torch.testing.assert_close(two[name], value, rtol=rtol, atol=atol)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     tensors = Checkpoints(run).load()[0].tensors
     return {f"{f}/{n}": t for f, group in tensors.items() for n, t in group.items()}
@@ -60,8 +88,7 @@ def test_two_ranks_train_as_one_does(mode: str, adapter: str, tmp_path: Path) ->
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    check_alike(one, two, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -80,8 +107,7 @@ def test_a_classifier_head_is_trained_alike_on_two_ranks(mode: str, tmp_path: Pa
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     heads = [name for name in one if "role-critic/head" in name]
     assert len(heads) == 6
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    check_alike(one, two, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -132,14 +158,8 @@ def test_two_ranks_answer_and_learn_as_one_does(
         student = {"adapter": adapter, "rank": 2, "alpha": 2}
         values["roles"] = {"student": student, "teacher": {"weights": teacher}}
         runs[name] = values
-    train(parse_config(runs["one"]), tmp_path / "one")
-    printed = two_ranks(mode, runs["two"], tmp_path / "two")
-    assert printed.startswith("exit 0"), printed
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    one, two = both(mode, runs, tmp_path, rel=1e-4)
+    check_alike(one, two, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -156,8 +176,7 @@ def test_experts_in_a_process_each_become_what_they_become_in_one(
     assert two_ranks("ddp", values, tmp_path / "two", "step-000002").startswith("exit 0")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    check_alike(one, two, rtol=1e-3, atol=1e-5)
     logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
     for first, second in zip(*(map(json.loads, log) for log in logs), strict=True):
         assert first.keys() == second.keys()
@@ -206,15 +225,8 @@ def test_two_ranks_train_a_language_model_as_one_does(
         values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
         values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
         runs[name] = values
-    train(parse_config(runs["one"]), tmp_path / "one")
-    printed = two_ranks(mode, runs["two"], tmp_path / "two")
-    assert printed.startswith("exit 0"), printed
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        if name.startswith("role"):
-            torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-4)
+    one, two = both(mode, runs, tmp_path, rel=1e-4)
+    check_alike(one, two, rtol=1e-2, atol=5e-4, of="role")
 
 
 @pytest.mark.slow
@@ -227,16 +239,9 @@ def test_byte_heads_are_trained_alike_on_two_ranks(mode: str, adapter: str, tmp_
         values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
         values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
         runs[name] = values
-    train(parse_config(runs["one"]), tmp_path / "one")
-    printed = two_ranks(mode, runs["two"], tmp_path / "two")
-    assert printed.startswith("exit 0"), printed
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
+    one, two = both(mode, runs, tmp_path, rel=1e-4)
     assert any("head.layers" in name for name in one)
-    for name, value in one.items():
-        if name.startswith("role"):
-            torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-4)
+    check_alike(one, two, rtol=1e-2, atol=5e-4, of="role")
 
 
 @pytest.mark.slow
