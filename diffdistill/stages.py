@@ -17,6 +17,7 @@ from diffdistill.config_files import apply_override, read_values
 from diffdistill.errors import UserError
 from diffdistill.options import parse
 from diffdistill.stage_gates import MeasureSettings, StageSettings
+from diffdistill.text.answering import Answering
 
 REFERENCE = "stage:"
 OnFailedGate = Literal["report", "stop"]
@@ -122,8 +123,10 @@ def load_pipeline(name: str, overrides: Sequence[str] = ()) -> Pipeline:
     ordered = _ordered(stages, str(path))
     arms = _mapping(values.get("arms"), f"{path}: arms") or {key: key for key in ordered}
     for arm, last in arms.items():
+        if not isinstance(last, str):
+            raise UserError(f"{path}: arms.{arm}: expected the name of its last stage, got {last}")
         if last not in ordered:
-            hint = catalog.near(str(last), ordered)
+            hint = catalog.near(last, ordered)
             raise UserError(f"{path}: arms.{arm}: there is no stage {last!r}{hint}")
     on_failed = values.get("on_failed_gate", "report")
     if on_failed not in get_args(OnFailedGate):
@@ -164,11 +167,21 @@ def _stage(name: str, settings: StageSettings, overrides: Sequence[str]) -> Stag
         )
     if settings.least_gain is not None and not checked.rewards:
         raise UserError(f"stage {name}: least_gain needs rewards to measure by")
-    close = settings.most_kl is not None or settings.least_overlap is not None
-    if close and "teacher" not in checked.roles:
-        method = checked.method["name"]
-        raise UserError(f"stage {name}: most_kl and least_overlap: {method} has no teacher")
+    if settings.most_kl is not None or settings.least_overlap is not None:
+        _check_close(name, checked)
     return Stage(name, settings, values, tuple(dict.fromkeys(_references(values))))
+
+
+def _check_close(name: str, config: RunConfig) -> None:
+    """Refuse to ask how close a teacher is that is not there, or does not tell all it predicts."""
+    method, teacher = config.method["name"], config.roles.get("teacher")
+    where = f"stage {name}: most_kl and least_overlap"
+    if teacher is None:
+        raise UserError(f"{where}: {method} has no teacher")
+    if not issubclass(catalog.load("method", method), Answering):
+        raise UserError(f"{where} are measured at a student's answers, and {method} writes none")
+    if (teacher.family or {}).get("name") == "server":
+        raise UserError(f"{where} need the teacher's whole prediction, not a server's")
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

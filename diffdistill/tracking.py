@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,7 +113,7 @@ class WandB:
             dir=folder,
             config=config.to_dict(),
             resume="allow",
-            id=folder.name,
+            id=f"{folder.name}-{sha256(str(folder.absolute()).encode()).hexdigest()[:8]}",
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,7 +1,11 @@
 """Pipelines of runs: their plan, their gates, what is counted, and how they go on."""
 
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ from safetensors.torch import load_file
 
 from diffdistill import cli
 from diffdistill.checkpoints import Checkpoints
+from diffdistill.commands.launching import launch_run
 from diffdistill.commands.pipeline import dry_run, pipeline
+from diffdistill.commands.train import Interrupted
 from diffdistill.config import load_config, parse_config
 from diffdistill.errors import UserError
 from diffdistill.provenance.files import open_record
@@ -51,12 +57,13 @@ def staged_values(world: Path) -> dict[str, Any]:
     rewarded = {"num_answers": 2}
     first, last = {"max_examples": 2}, {"skip_examples": 1, "max_examples": 3, "batch_size": 3}
     warm = {"divergence": "forward-kl", "on_policy_share": 0.0, "off_policy": "teacher"}
+    twice = {"steps": 2, "save_every": 1}
     changes: dict[str, dict[str, Any]] = {
         "polish": run_values(
             world, "grpo", family={"path": "stage:bridge"}, method=rewarded, data=last
         ),
         "bridge": run_values(world, "opd", family={"path": "stage:warm"}, **teacher),
-        "warm": run_values(world, "opd", method=warm, **teacher),
+        "warm": run_values(world, "opd", method=warm, train=twice, **teacher),
         "teacher": run_values(
             world, "grpo", family={"path": str(world / "other")}, method=rewarded, data=first
         ),
@@ -129,6 +136,7 @@ def test_a_change_replaces_what_it_names_and_keeps_the_rest() -> None:
     [
         ({"stages": {}}, "a pipeline has stages"),
         ({"stagse": {}}, r"unknown key 'stagse', did you mean 'stages'\?"),
+        ({"arms": {"x": ["teacher"]}}, "arms.x: expected the name of its last stage"),
         ({"arms": {"x": "tacher"}}, r"arms.x: there is no stage 'tacher', did you mean 'teacher'"),
         ({"on_failed_gate": "ignore"}, "expected report or stop, got 'ignore'"),
         ({"measure": {"top_k": 0}}, "measure.top_k: .*greater than 0"),
@@ -167,6 +175,25 @@ def test_a_gate_needs_a_teacher(world: Path, tmp_path: Path) -> None:
     values = staged_values(world)
     values["stages"]["direct"]["most_kl"] = 1.0
     with pytest.raises(UserError, match=r"stage direct: .* grpo has no teacher"):
+        load_pipeline(written(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"roles": {"teacher": {"family": {"name": "server", "path": "t"}}}}, "not a server's"),
+        ({"method": {"name": "text-uld"}}, "text-uld writes none"),
+    ],
+)
+def test_a_gate_that_cannot_be_measured_is_refused_before_any_stage_is_run(
+    change: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    values = staged_values(world)
+    staged = merged(values["stages"]["bridge"]["change"], change)
+    if "method" in change:
+        staged |= {"method": change["method"], "rewards": None}
+    values["stages"]["bridge"]["change"] = staged
+    with pytest.raises(UserError, match=f"stage bridge: most_kl and least_overlap .*{message}"):
         load_pipeline(written(tmp_path, values))
 
 
@@ -367,12 +394,12 @@ def test_the_command_line_runs_and_plans_pipelines(
 
 
 def stopped(config: str, output: Path) -> None:
-    """Run the first arm, and be interrupted in the first step of its second stage."""
+    """Run the first arm, and be interrupted in the second step of its second stage."""
     original, begun = Trainer.train_step, []
 
     def train_step(self: Trainer) -> dict[str, float]:
         begun.append(self)
-        if len(begun) == 2:
+        if len(begun) == 3:
             raise KeyboardInterrupt
         return original(self)
 
@@ -387,6 +414,7 @@ def test_a_pipeline_that_was_stopped_goes_on_at_the_first_stage_that_is_not_done
     assert forked(lambda: stopped(config, output)) == 1
     assert (output / "teacher" / "stage.json").is_file()
     assert not (output / "warm" / "stage.json").is_file()
+    assert len(Checkpoints(output / "warm").names()) == 1
     first = (output / "teacher" / "metrics.jsonl").read_bytes()
     pipeline(config, output=output)
     assert (output / "teacher" / "metrics.jsonl").read_bytes() == first
@@ -415,6 +443,74 @@ def test_a_gate_that_does_not_hold_stops_where_it_is_to_and_is_only_told_else(
     pipeline(config, output=output, arms=["bridge"], overrides=["on_failed_gate=report"])
     assert "does not hold" in capsys.readouterr().err
     assert not found_in(tmp_path)["bridge"]["stages"][stage]["gates"][0]["holds"]
+
+
+def test_a_stage_that_has_begun_with_other_models_is_not_gone_on_with(
+    done: Path, world: Path, tmp_path: Path
+) -> None:
+    """One whose models are others before it has begun asks again how close its teacher is."""
+    values = staged_values(world) | {"on_failed_gate": "stop"}
+    values["stages"]["bridge"] |= {"most_kl": -1.0}
+    config, output = written(tmp_path, values), tmp_path / "out"
+    asked = output / "bridge" / "before.json"
+    with pytest.raises(UserError, match="gate C2 does not hold"):
+        pipeline(config, output=output, arms=["bridge"])
+    first = json.loads(asked.read_text())["closeness"]
+    shutil.rmtree(output / "warm")
+    longer = ["stages.warm.change.train.lr=0.1"]
+    with pytest.raises(UserError, match="gate C2 does not hold"):
+        pipeline(config, output=output, arms=["bridge"], overrides=longer)
+    assert json.loads(asked.read_text())["closeness"] != first
+    pipeline(config, output=output, arms=["bridge"], overrides=[*longer, "on_failed_gate=report"])
+    (output / "bridge" / "stage.json").unlink()
+    (output / "bridge" / "inputs.json").write_text('{"warm": "another"}')
+    with pytest.raises(UserError, match="went on from other models than warm, teacher"):
+        pipeline(config, output=output, arms=["bridge"], overrides=longer)
+
+
+def test_a_run_of_before_an_option_came_is_a_run_of_the_same_config(done: Path) -> None:
+    file = done / "out" / "direct" / "config.yaml"
+    content = file.read_text()
+    values = yaml.safe_load(content)
+    assert values["train"].pop("max_bad_steps")
+    file.write_text(yaml.safe_dump(values))
+    pipeline(str(done / "staged.yaml"), output=done / "out", arms=["direct"])
+    file.write_text(content)
+
+
+STUBBORN = """
+import signal, sys, time
+got = []
+for kind in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(kind, lambda number, frame: got.append(number))
+print("ready", flush=True)
+while not got:
+    time.sleep(0.01)
+open(sys.argv[1], "w").write(str(got))
+sys.exit(128 + got[0])
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_to_what_was_launched_which_stops_in_its_own_time(
+    kind: signal.Signals, tmp_path: Path
+) -> None:
+    child, told = tmp_path / "child.py", tmp_path / "told"
+    child.write_text(STUBBORN)
+    before = signal.getsignal(kind)
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), kind)).start()
+    with pytest.raises(Interrupted) as stopped:
+        launch_run([sys.executable, str(child), str(told)], "stage x")
+    assert stopped.value.exit_code == 128 + kind
+    assert told.read_text() == f"[{int(signal.SIGTERM)}]"
+    assert signal.getsignal(kind) is before
+
+
+def test_what_was_launched_and_stopped_by_itself_is_interrupted_and_not_wrong() -> None:
+    with pytest.raises(Interrupted):
+        launch_run([sys.executable, "-c", "raise SystemExit(143)"], "stage x")
+    with pytest.raises(UserError, match="stage x: cannot start no-such-program"):
+        launch_run(["no-such-program"], "stage x")
 
 
 @pytest.mark.slow

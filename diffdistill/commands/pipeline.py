@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,13 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffdistill.checkpoints import Checkpoints, restore, write_atomic
 from diffdistill.commands.export import export
+from diffdistill.commands.launching import launch_run
 from diffdistill.commands.sessions import render
 from diffdistill.commands.train import train
-from diffdistill.config import RunConfig
+from diffdistill.config import RunConfig, load_config
 from diffdistill.errors import UserError
 from diffdistill.evaluation.stage_measures import closeness, scores
 from diffdistill.question_feed import labelled_questions
@@ -30,6 +28,8 @@ RECORD = "stage.json"
 """What is known of a stage that is done; one without it is not."""
 BEFORE = "before.json"
 """How close the teacher was before a stage."""
+INPUTS = "inputs.json"
+"""Which models of other stages a stage has begun with."""
 
 
 def pipeline(
@@ -137,23 +137,28 @@ class _Running:
         What is asked now and was not measured, or otherwise, is measured now.
         """
         _check_same(self.stage, self.folder, self.config)
+        self._check_inputs()
         file, found = self.folder / RECORD, dict[str, Any]()
         if file.is_file():
             found = json.loads(file.read_text())
-            if found["inputs"] != self.inputs:
-                raise UserError(
-                    f"{self.folder} went on from other models than {', '.join(self.inputs)} are "
-                    "now: remove it, or choose another --output"
-                )
         close = self._before()
         if not found:
             self._train()
-            found = {"inputs": self.inputs, **self._after()}
+            found = self._after()
         found["closeness"] = close
         found["score"], found["measure"] = self._score(found), asdict(self.plan.measure)
         write_atomic(file, json.dumps(found, indent=1).encode())
         self._check_gates(found)
         return found
+
+    def _check_inputs(self) -> None:
+        """Refuse to go on with a stage that has begun with other models than there are now."""
+        file, begun = self.folder / INPUTS, bool(Checkpoints(self.folder).names())
+        if begun and file.is_file() and json.loads(file.read_text()) != self.inputs:
+            raise UserError(
+                f"{self.folder} went on from other models than {', '.join(self.inputs)} are "
+                "now: remove it, or choose another --output"
+            )
 
     def _before(self) -> dict[str, float]:
         """Return how close the teacher is before the stage, where gate C2 asks for it."""
@@ -161,10 +166,11 @@ class _Running:
         if settings.most_kl is None and settings.least_overlap is None:
             return {}
         kept = json.loads(file.read_text()) if file.is_file() else {}
-        if kept.get("measure") != asdict(self.plan.measure):
+        measure = asdict(self.plan.measure)
+        of = {"measure": measure, "inputs": self.inputs, "config": self.config.to_dict()}
+        if kept.get("of") != of:
             _say(f"{self.stage.name}: how close is the teacher?")
-            close = closeness(self.config, self.plan.measure)
-            kept = {"measure": asdict(self.plan.measure), "closeness": close}
+            kept = {"of": of, "closeness": closeness(self.config, self.plan.measure)}
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(kept).encode())
         found: dict[str, float] = kept["closeness"]
@@ -185,17 +191,16 @@ class _Running:
 
     def _train(self) -> None:
         _say(f"{self.stage.name}: training")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / INPUTS, json.dumps(self.inputs).encode())
         if self.launch is None:
             train(self.config, self.folder, "latest")
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "launch.yaml"
         self.config.save(file)
         command = [*shlex.split(self.launch), "-m", "diffdistill", "train", str(file)]
         command += ["--output", str(self.folder), "--resume"]
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            raise UserError(f"stage {self.stage.name}: {shlex.join(command)} ended with {code}")
+        launch_run(command, f"stage {self.stage.name}")
 
     def _after(self) -> dict[str, Any]:
         """Return what became of the stage's run; its model is written."""
@@ -232,7 +237,7 @@ def _check_same(stage: Stage, folder: Path, config: RunConfig) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    before, now = yaml.safe_load(file.read_text()), config.to_dict()
+    before, now = load_config(str(file)).to_dict(), config.to_dict()
     if before != now:
         keys = _differing(before, now)
         raise UserError(
