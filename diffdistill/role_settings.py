@@ -112,7 +112,14 @@ def _check_shadow(name: str, chosen: RoleSettings) -> None:
 
 
 def _check_mean(name: str, settings: Mapping[str, RoleSettings]) -> None:
-    """Refuse the mean of networks that have not the same weights."""
+    """Refuse the mean of networks that have not the same weights, and a form of its own."""
+    mean = settings[name]
+    own = [o for o in ("path", "adapter", "rank", "alpha", "targets") if not _usual(mean, o)]
+    if own:
+        raise UserError(
+            f"roles.{name}.{own[0]}: {name} is the mean of the trained roles and has their form: "
+            f"set {own[0]} of each of them"
+        )
     trained = {n: s for n, s in settings.items() if s.weights == "trained"}
     forms = {(s.path, s.adapter, s.rank, s.alpha, str(s.targets)) for s in trained.values()}
     if len(forms) != 1 or any(s.head or s.dora or s.shadow for s in trained.values()):
@@ -121,3 +128,7 @@ def _check_mean(name: str, settings: Mapping[str, RoleSettings]) -> None:
             "and targets, and without heads, DoRA or shadows; trained here: "
             f"{', '.join(trained) or 'none'}"
         )
+
+
+def _usual(chosen: RoleSettings, option: str) -> bool:
+    return bool(getattr(chosen, option) == getattr(RoleSettings(), option))

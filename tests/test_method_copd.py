@@ -1,7 +1,7 @@
 """CoPD: experts that are rewarded apart and teach each other, and their mean."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from diffdistill.reward_building import build_answer_reward
 from diffdistill.session import build, questions
 from diffdistill.text.copd import CoPD, PhaseStarts
 from diffdistill.text.grpo import GRPO
-from diffdistill.types import Example
+from diffdistill.types import Example, Loss, Progress
 from tests.answer_run import ROWS, answer_values, save_answer_world, stopped
 from tests.conftest import CPU, START, randn
 from tests.toy_answers import FirstToken, Network, Questions, question_batch
@@ -63,11 +63,17 @@ def batch_of(size: int = 3, *, first_id: int = 0, skills: int = 2) -> dict[str, 
     return {"skills": parts}
 
 
+def losses_of(method: CoPD, batch: Any, progress: Progress) -> Iterator[Loss]:
+    """Yield the losses of a step, before which none was skipped."""
+    method.load_state({"updates": progress.step})
+    yield from method.losses(batch, progress)
+
+
 def gradients(method: CoPD, batches: list[Any], step: Any = SHARED) -> dict[str, Tensor]:
     """Return each expert's gradient of the count-weighted mean of its losses."""
     sums: dict[str, float] = dict.fromkeys(method.peers, 0.0)
     for batch in batches:
-        for loss in method.losses(batch, step):
+        for loss in losses_of(method, batch, step):
             (loss.value * loss.count).backward()
             sums[loss.role] += loss.count
     found = {}
@@ -135,7 +141,7 @@ def test_an_answer_to_a_peers_question_is_pulled_to_what_the_peer_would_say() ->
 
 def test_an_experts_loss_reaches_that_expert_alone() -> None:
     peers = networks(1, 2, 3)
-    for loss in make(peers).losses(batch_of(skills=3), SHARED):
+    for loss in losses_of(make(peers), batch_of(skills=3), SHARED):
         loss.value.backward()
         for name, network in peers.items():
             reached = any(p.grad is not None and p.grad.any() for p in network.parameters())
@@ -152,7 +158,7 @@ def test_micro_batches_take_the_same_step() -> None:
 
 def test_beta_0_asks_no_peer_and_can_be_one_experts_alone() -> None:
     method = make(networks(1, 2), betas={"sums": 0.0})
-    losses = {loss.role: loss for loss in method.losses(batch_of(), SHARED)}
+    losses = {loss.role: loss for loss in losses_of(method, batch_of(), SHARED)}
     assert "gap" not in losses["sums"].metrics
     assert losses["words"].metrics["gap"] != 0
     assert len(method.family.rollouts) == 3  # type: ignore[attr-defined]
@@ -167,6 +173,16 @@ def test_a_cycle_is_rewarded_first_and_then_shared() -> None:
         True
     ] * 2
     assert CoPD.rewarded_steps / CoPD.shared_steps == 1.5
+
+
+def test_a_step_that_was_skipped_moves_neither_phases_nor_copies() -> None:
+    method = make(networks(1, 2))
+    for step, updated, shares in ((0, False, False), (1, True, False), (2, True, True)):
+        told = [loss.metrics for loss in method.losses(batch_of(), Progress(step, 9))]
+        assert all(("gap" in metrics) == shares for metrics in told)
+        if updated:
+            method.observe({})
+    assert method.state() == {"updates": 2}
 
 
 def test_every_expert_is_a_peer_of_the_hub_and_of_no_other() -> None:
@@ -210,10 +226,10 @@ def test_overlap_and_divergences_are_what_brute_force_finds() -> None:
 def test_how_close_peers_are_is_measured_from_time_to_time() -> None:
     for seeds, same in (((1, 1), True), ((1, 2), False)):
         method = make(networks(*seeds), watch_every=2)
-        for loss in method.losses(batch_of(), REWARDED):
+        for loss in losses_of(method, batch_of(), REWARDED):
             assert (loss.metrics["symmetric_kl"] < 1e-9) == same
             assert loss.metrics["overlap_at_10"] == 1.0  # there are six words
-        for loss in method.losses(batch_of(), SHARED):
+        for loss in losses_of(method, batch_of(), SHARED):
             assert "symmetric_kl" not in loss.metrics
 
 
@@ -300,9 +316,9 @@ def test_experts_that_teach_each_other_differ_from_those_that_do_not(
 
 def test_experts_are_divided_among_processes_that_have_a_part_each() -> None:
     method, batch = make(networks(0, 1), placement="groups"), batch_of()
-    parts = [list(method.losses(batch, SHARED._replace(part=i, parts=2))) for i in (0, 1)]
+    parts = [list(losses_of(method, batch, SHARED._replace(part=i, parts=2))) for i in (0, 1)]
     assert [[loss.role for loss in part] for part in parts] == [["sums"], ["words"]]
-    whole = list(method.losses(batch, SHARED))
+    whole = list(losses_of(method, batch, SHARED))
     assert [loss.value.item() for part in parts for loss in part] == [
         loss.value.item() for loss in whole
     ]
@@ -456,6 +472,9 @@ def test_a_set_and_skills_are_alternatives_and_all_experts_are_of_one_form(
     values = copd_values(world)
     values["roles"]["words"] = {"adapter": "lora", "rank": 3, "alpha": 4}
     with pytest.raises(UserError, match=r"roles.student: a mean is of trained roles with the same"):
+        build(parse_config(values), CPU)
+    values["roles"] = {"student": {"adapter": "lora", "rank": 8}}
+    with pytest.raises(UserError, match=r"roles.student.adapter: .* set adapter of each of them"):
         build(parse_config(values), CPU)
 
 

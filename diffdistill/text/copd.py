@@ -108,6 +108,7 @@ class CoPD(Rewarded):
     def __post_init__(self) -> None:
         """Check the options, and make each expert's own GRPO."""
         super().__post_init__()
+        self.updates = 0
         if min(self.rewarded_steps, self.shared_steps) < 0 or self.cycle == 0:
             raise ValueError("rewarded_steps and shared_steps must be at least 0, and not both 0")
         if self.scale_rewards == "batch":
@@ -138,9 +139,12 @@ class CoPD(Rewarded):
         """Steps of a cycle."""
         return self.rewarded_steps + self.shared_steps
 
-    def shares(self, step: int) -> bool:
-        """Return whether experts learn from each other in a step."""
-        return step % self.cycle >= self.rewarded_steps
+    def shares(self, updates: int) -> bool:
+        """Return whether experts learn from each other in the step after so many updates.
+
+        A step that was skipped is none, so that phases and the copies that teach stay together.
+        """
+        return updates % self.cycle >= self.rewarded_steps
 
     def renewals(self) -> Mapping[str, Container[int]]:
         """Return when the copies that teach are renewed: before each phase."""
@@ -148,6 +152,18 @@ class CoPD(Rewarded):
             return {}
         starts = PhaseStarts(self.rewarded_steps % self.cycle, self.cycle)
         return {f"{name}{BEFORE}": starts for name in self._experts}
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Count an update."""
+        self.updates += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return the number of updates."""
+        return {"updates": self.updates}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self.updates = int(state["updates"])
 
     def peers_of(self, name: str) -> list[str]:
         """Return the names of the experts that an expert learns from."""
@@ -176,7 +192,7 @@ class CoPD(Rewarded):
         if self.watch_every and progress.step % self.watch_every == 0:
             told |= self._watched(name, attempt)
         beta = self.betas.get(name, self.beta)
-        if beta and self.shares(progress.step):
+        if beta and self.shares(self.updates):
             others = self.peers_of(name)
             taught = [self._taught(name, other, questions[other]) for other in others]
             value = value + beta * torch.stack([loss for loss, _ in taught]).mean()
