@@ -142,7 +142,10 @@ def _hold(network: nn.Module, body: Any, tuner: Shadow) -> None:
         if not (tuner.alone and tuner.state is not None):
             return attached(*args, **kwargs)
         kept = kwargs.get(name) if kwargs.get("use_cache") else None
-        return BaseModelOutputWithPast(last_hidden_state=tuner.state, **{name: kept})
+        state = tuner.state
+        if not torch.is_grad_enabled():  # the network's own head, which does not cast, may be next
+            state = state.to(body.get_input_embeddings().weight.dtype)
+        return BaseModelOutputWithPast(last_hidden_state=state, **{name: kept})
 
     body.forward = forward
 

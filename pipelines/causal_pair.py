@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from diffdistill.adapters import is_adapter_key
 from diffdistill.byte_beam import Search
 from diffdistill.pipelines.byte_targets import (
     Columns,
@@ -111,9 +112,17 @@ class CausalPair(TextRows[CausalLM]):
         ]
 
     def weights(self, teacher: Actor) -> str:
-        """Return a hash of a model's weights and of how it reads."""
+        """Return a hash of a model's weights and of how it reads.
+
+        Adapters of others on the same network are not its own, and change no name of its weights.
+        """
         digest = hashlib.sha256(self.teacher.fingerprint().encode())
-        for name, tensor in sorted(teacher.network.state_dict().items()):
+        own = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in teacher.network.state_dict().items()
+            if not is_adapter_key(name)
+        }
+        for name, tensor in sorted(own.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from diffdistill.adapters import add_lora
 from diffdistill.byte_beam import Search
 from diffdistill.errors import UserError
 from diffdistill.pipelines.byte_targets import spell, stretches
@@ -191,6 +192,8 @@ def test_what_is_kept_is_named_by_the_teachers_weights_and_its_reader(world: Pat
     pair = make_causal_pair(world)
     teacher = make_given_roles(pair)["teacher"]
     before = pair.weights(teacher)
+    assert pair.weights(teacher) == before
+    add_lora(teacher.network, "another", rank=2, alpha=4.0, targets=["q_proj"], seed=0)
     assert pair.weights(teacher) == before
     pair.teacher.max_length = 95
     assert pair.weights(teacher) != before

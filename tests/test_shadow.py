@@ -382,6 +382,20 @@ def test_answers_with_a_cache_are_those_without(world: Path, variant: Any, detac
     assert torch.equal(again.argmax(-1)[kept], found.tokens[kept])
 
 
+def test_a_shadow_answers_alone_for_a_base_of_lower_precision(world: Path) -> None:
+    settings = RoleSettings(adapter="shadow", shadow=ShadowSettings(dropout=0.0))
+    family: Any = CausalLM(path=str(world / "student"), device=CPU, dtype="bf16")
+    role = build_roles({"student": settings}, family)["student"]
+    role.detached = True
+    told, ids = prompt_condition(PROMPTS, family), torch.arange(2)
+    with torch.no_grad(), role.acting(CPU):
+        found = family.sample(
+            role.network, told, ids, Sampling(max_tokens=3, temperature=0.0), Draws(0), purpose="x"
+        )
+    assert found.mask.any(1).all()
+    assert next(iter(role.parameters().values())).dtype == torch.float32
+
+
 def test_blocks_are_sampled_with_a_cache_as_without() -> None:
     network = causal_lm()
     add_shadow(network, "student", ShadowSettings(dropout=0.0, strength=1.0))
