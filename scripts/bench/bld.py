@@ -4,9 +4,11 @@
     python scripts/bench/bld.py --full     # a random network of 1 billion parameters on a GPU
     python scripts/bench/bld.py --quick    # two texts, to see that it runs
 
-Each search reads the same texts; beside its time are the calls of the network and the tokens that
-they were for. A random network is sure of nothing, so that no beam is ever dropped: the most that a
-search can cost. Writes samples/bench/bld.json, with what it ran on (bld-full.json, bld-quick.json).
+One call is one of the network with the same texts, and the log-probabilities of all their tokens.
+Beside a search's time are the calls of the network and the tokens that they were for. A random
+network is sure of nothing, so that no beam is ever dropped. Both have the 1280 tokens of the
+bundled teacher: what a search does for each token of a vocabulary is more with a larger one.
+Writes samples/bench/bld.json, with what it ran on (bld-full.json, bld-quick.json).
 """
 
 import argparse
@@ -24,9 +26,10 @@ from diffdistill.byte_beam import Search
 from diffdistill.config import load_config
 from diffdistill.data.settings import DataSettings
 from diffdistill.data.texts import open_texts
-from diffdistill.pipelines.branching import Branching
+from diffdistill.pipelines.block_diffusion import project
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.causal_pair import CausalPair
+from diffdistill.projection import dense
 from diffdistill.session import build
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +67,15 @@ class Bench:
         self.tokens = [text["teacher/tokens"].tolist() for text in self.texts]
 
     def called(self) -> None:
-        """Call the teacher once with the texts."""
+        """Call the teacher once with the texts, and have it predict all their tokens."""
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        kept = torch.arange(int(lengths.max())) < lengths[:, None]
+        tokens = torch.zeros_like(kept, dtype=torch.long)
+        tokens[kept] = torch.tensor([token for row in self.tokens for token in row])
+        family, places = self.pair.teacher, torch.arange(kept.shape[1]).expand_as(tokens)
+        given = [tensor.to(family.device) for tensor in (tokens, kept, places)]
         with torch.no_grad():
-            Branching(self.pair.teacher, self.teacher.network, self.tokens)
+            dense(project(self.teacher.network, *given)).log_softmax(-1)
 
     def searched(self, search: Search) -> int:
         """Make the targets of a search, and return how many bytes they are of."""

@@ -11,6 +11,7 @@ pass, and on a GPU also the peak. Weights are random. Writes samples/bench/shado
 """
 
 import argparse
+import gc
 import json
 import platform
 from dataclasses import dataclass
@@ -113,12 +114,14 @@ def kept(role: Role, tokens: Tensor) -> int:
 
 
 def peak(role: Role, tokens: Tensor) -> int | None:
-    """Return the peak of a step on a GPU."""
+    """Return the peak of a step on a GPU: this student's weights, and what the step adds."""
     if tokens.device.type != "cuda":
         return None
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - nbytes(role.network.parameters())
     step(role, tokens)
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - others
 
 
 def measure(base: RandomBase, rows: int, length: int, rounds: int) -> dict[str, Any]:

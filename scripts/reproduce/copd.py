@@ -1,10 +1,11 @@
 """Do experts that teach each other while they learn end better than other ways (CoPD)?
 
 Trains the bundled `skills-base`, which is often wrong at arithmetic and at editing words, on both:
-one model on a mix; an expert of each; two experts of which one then teaches the other; and CoPD,
-whose experts are averaged. Ablations of CoPD: nobody teaches (beta 0), one direction alone, a
-longer cycle. Every model takes as many updates, from 16 answers of each skill that it learns; a
-cross batch of CoPD is 16 more.
+one model on a mix; an expert of each; finished experts of which one then teaches the other; and
+CoPD, whose experts are averaged. Ablations of CoPD: nobody teaches (beta 0), one direction alone, a
+longer cycle. Every model takes as many rewarded updates, from 16 answers of each skill that it
+learns, and is taught in as many, by 16 answers more: by those of a peer after the others
+(train-then-distil), or in the same updates (CoPD).
 
     python scripts/reproduce/copd.py
 
@@ -26,6 +27,7 @@ from collecting import (
     Arm,
     cell,
     collect,
+    differences,
     header,
     open_results,
     row,
@@ -52,9 +54,13 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SKILLS = ("arithmetic", "editing")
 NUM_ANSWERS = 4
-SHARE = 0.6
-"""Of the updates of train-then-distil, those of the experts: the paper's 1.5 to 1."""
-LONGEST = "method.rewarded_steps=60", "method.shared_steps=40"
+SHARED = 0.4
+"""Of the updates of CoPD's experts, those in which they learn from each other as well."""
+LONGER = "method.rewarded_steps=45", "method.shared_steps=30"
+WATCH = 5
+"""Steps between measurements of how close experts are."""
+LAST = 75 // WATCH
+"""Measurements at the end of a run that are averaged: a cycle of the longer ones."""
 
 RUNS = {
     "mixed": Arm("copd/mixed", []),
@@ -68,7 +74,7 @@ RUNS = {
         f"CoPD, {skill} teaches nobody": Arm("copd/skills", [f"method.betas.{other}=0.0"])
         for skill, other in (SKILLS, SKILLS[::-1])
     },
-    "CoPD, cycle of 100": Arm("copd/skills", list(LONGEST)),
+    "CoPD, cycle of 75": Arm("copd/skills", list(LONGER)),
 }
 STATIC = {
     "static: arithmetic to editing": "arithmetic-to-editing",
@@ -114,7 +120,7 @@ def measured(session: Session, role: Role, amount: Amount) -> dict[str, float]:
 
 
 def told(folder: Path) -> dict[str, float]:
-    """Return what a run logged: means, and how close experts were in its last tenth."""
+    """Return what a run logged: means, and how close experts were over its last 75 steps."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {"seconds": statistics.fmean(step["seconds"] for step in rows)}
     for key, name in (("overlap", "overlap_at_10"), ("symmetric_kl", "symmetric_kl")):
@@ -124,7 +130,7 @@ def told(folder: Path) -> dict[str, float]:
             if f"{name}/{SKILLS[0]}" in step
         ]
         if watched:
-            found[key] = statistics.fmean(watched[-max(1, len(watched) // 10) :])
+            found[key] = statistics.fmean(watched[-LAST:])
             found |= {f"{key}/{place:03}": value for place, value in enumerate(watched)}
     return found
 
@@ -136,6 +142,8 @@ def run(arm: Arm, amount: Amount, seed: int) -> dict[str, float]:
         folder = Path(name)
         here = ["tracking.tensorboard=false", f"train.seed={seed}"]
         here += [f"train.steps={amount.steps}", f"train.warmup={amount.steps // 10}"]
+        if arm.config == "copd/skills":
+            here.append(f"method.watch_every={WATCH}")
         train(load_config(arm.config, [*here, *arm.overrides]), folder)
         session = restore(folder, device=CPU)
         found = measured(session, session.roles["student"], amount)
@@ -149,8 +157,8 @@ def run(arm: Arm, amount: Amount, seed: int) -> dict[str, float]:
 def run_static(arm: str, amount: Amount, seed: int) -> dict[str, float]:
     """Train experts, have one teach the other, and return the measurements of that one."""
     torch.set_num_threads(1)
-    first = round(SHARE * amount.steps)
-    lengths = dict.fromkeys(SKILLS, first) | dict.fromkeys(STATIC.values(), amount.steps - first)
+    shared = round(SHARED * amount.steps)
+    lengths = dict.fromkeys(SKILLS, amount.steps) | dict.fromkeys(STATIC.values(), shared)
     overrides = [f"stages.{stage}.change.train.steps={n}" for stage, n in lengths.items()]
     overrides += ["tracking.tensorboard=false", f"train.seed={seed}", "measure.num_questions=1"]
     with tempfile.TemporaryDirectory() as name:
@@ -179,10 +187,10 @@ def draw(results: Mapping[str, Any], arms: Sequence[str], output: Path) -> None:
     panels[0].set(xlabel="right in arithmetic", ylabel="right in editing")
     panels[0].legend(fontsize=5)
     for panel, key in zip(panels[1:], ("overlap", "symmetric_kl"), strict=True):
-        for arm in ("CoPD", "CoPD, beta 0", "CoPD, cycle of 100"):
+        for arm in ("CoPD", "CoPD, beta 0", "CoPD, cycle of 75"):
             found = results[arm]["0"]
             line = [value for name, value in sorted(found.items()) if name.startswith(f"{key}/")]
-            panel.plot([10 * place for place in range(len(line))], line, label=arm)
+            panel.plot([WATCH * place for place in range(len(line))], line, label=arm)
         panel.set(xlabel="step", title=SHOWN[key])
         panel.legend(fontsize=6)
     figure.savefig(output / "figure.png", dpi=110)
@@ -205,12 +213,13 @@ def page(results: Mapping[str, Any], arms: Sequence[str]) -> str:
         "# CoPD on arithmetic and editing",
         "",
         f"Made by `python scripts/reproduce/copd.py --seeds {len(results['CoPD'])} --steps "
-        f"{results['steps']}`. All go on from `skills-base`; {results['steps']} updates of each "
-        f"model, of which experts of train-then-distil take {SHARE:.0%}. Right: the share of right "
+        f"{results['steps']}`. All go on from `skills-base`; {results['steps']} rewarded updates "
+        f"of each model. With {SHARED:.0%} of as many experts are taught: in CoPD in the same "
+        "updates, in train-then-distil (static) in further ones. Right: the share of right "
         f"answers (mean@{NUM_ANSWERS}) to {results['questions']} held-out questions of each skill, "
         "sampled at temperature 1; mean and standard deviation over training seeds. CoPD is the "
-        "mean of its experts, which are also measured by themselves. Overlap and KL are those in "
-        "the last tenth of training. Seconds depend on what else ran.",
+        "mean of its experts, which are also measured by themselves. Overlap and KL are means over "
+        "the last 75 steps. Seconds depend on what else ran.",
         "",
         "![arms, and how close experts are](figure.png)",
         "",
@@ -218,6 +227,13 @@ def page(results: Mapping[str, Any], arms: Sequence[str]) -> str:
         row("skills-base", base),
         *(line(results, arm) for arm in arms),
     ]
+    for other in ("mixed", "CoPD"):
+        lines += ["", f"## Differences from {other} with the same seed", ""]
+        lines += header([SHOWN[key] for key in ("both", *SKILLS)])
+        for arm in arms:
+            if arm != other:
+                gaps = [differences(results, arm, other, key) for key in ("both", *SKILLS)]
+                lines.append(row(arm, [cell(found) for found in gaps]))
     return "\n".join([*lines, ""])
 
 

@@ -55,18 +55,26 @@ from diffdistill.types import Example, Progress
 ROOT = Path(__file__).parents[2]
 CONFIG = "switch-kd/digits"
 CPU = torch.device("cpu")
-KL = ["method.divergence=forward-kl", "method.temperature_factor=squared"]
+SQUARED = "method.temperature_factor=squared"
+KL = ["method.divergence=forward-kl", SQUARED]
 ALIGN, SWITCH = "method.switch_weight=0", "method.align_weight=0"
 ARMS = {
     "answers alone": Arm(CONFIG, [ALIGN, SWITCH]),
     "KL": Arm(CONFIG, [*KL, ALIGN]),
+    "reverse KL": Arm(CONFIG, ["method.divergence=reverse-kl", SQUARED, ALIGN]),
     "DBiLD": Arm(CONFIG, [ALIGN]),
-    "DBiLD, squared": Arm(CONFIG, [ALIGN, "method.temperature_factor=squared"]),
+    "DBiLD, squared": Arm(CONFIG, [ALIGN, SQUARED]),
     "DBiLD + switch": Arm(CONFIG, []),
-    "DBiLD + switch, squared": Arm(CONFIG, ["method.temperature_factor=squared"]),
+    "DBiLD + switch, squared": Arm(CONFIG, [SQUARED]),
     "KL + switch": Arm(CONFIG, KL),
 }
 """What is added to the answers' cross-entropy; "squared" is by the temperature, as the KL's are."""
+SWITCHED = {
+    "DBiLD + switch": "DBiLD",
+    "DBiLD + switch, squared": "DBiLD, squared",
+    "KL + switch": "KL",
+}
+"""Arms that see for the teacher's language model, and the same without."""
 SHOWN = {
     "right": "right",
     **{f"right/{kind}": f"right: {kind}" for kind in KINDS},
@@ -179,12 +187,15 @@ def page(results: Mapping[str, Any]) -> str:
         *before,
         *(row(arm, [cell(values(results, arm, key)) for key in SHOWN]) for arm in ARMS),
     ]
-    for other in ("answers alone", "DBiLD"):
-        lines += ["", f"## Differences from {other} with the same seed", "", *header(titles)]
+    compared = {
+        "Differences from answers alone": dict.fromkeys(list(ARMS)[1:], "answers alone"),
+        "What switching adds": SWITCHED,
+    }
+    for title, pairs in compared.items():
+        lines += ["", f"## {title}, with the same seed", "", *header(titles)]
         lines += [
             row(arm, [cell(differences(results, arm, other, key)) for key in SHOWN])
-            for arm in ARMS
-            if arm != other
+            for arm, other in pairs.items()
         ]
     return "\n".join([*lines, ""])
 
