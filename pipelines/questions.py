@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,12 +280,19 @@ class Questions:
 
     # what the data asks
 
-    def usable(self, example: Example, *, solutions: Solutions = "unused") -> bool:
+    def usable(
+        self,
+        example: Example,
+        *,
+        solutions: Solutions = "unused",
+        check: Callable[[Example], None] | None = None,
+    ) -> bool:
         """Return whether a question can be asked; if not, it is an error or to be left out.
 
         Args:
             example: The question.
             solutions: What becomes of its solution; one that is shown is tried as a whole.
+            check: Refuses a question that lacks something else; None asks no more.
 
         Raises:
             UserError: If it cannot be asked, and is not to be left out.
@@ -296,6 +303,8 @@ class Questions:
             if solutions == "learned":
                 with located(example.origin):
                     solution_of(example)
+            if check is not None:
+                check(example)
         except UserError as error:
             if not self.asking.skip:
                 raise

@@ -11,7 +11,9 @@ from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
-from diffdistill.session import build
+from diffdistill.evaluation.subject import first_questions
+from diffdistill.rewards.boxed import Boxed
+from diffdistill.session import Session, build
 from tests.answer_run import ROWS, answer_values, save_answer_world, stopped
 from tests.conftest import CPU
 from tests.toy_run import forked, losses
@@ -232,6 +234,34 @@ def test_a_question_without_a_solution_that_is_to_be_shown_is_found_before_train
     values["data"] |= {"streaming": True}
     with pytest.raises(UserError, match="there is no usable example"):
         train(parse_config(values), tmp_path / "stream")
+
+
+def test_a_question_without_an_answer_to_verify_by_is_found_before_training(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = rows_without_solution(tmp_path)
+    values = answer_values(world, data={"path": str(file)}, train={"steps": 3}, rewards="boxed")
+    values["method"] = {"name": "grpo", "num_answers": 2, "max_tokens": 3}
+    with pytest.raises(UserError, match=r"bare\.jsonl:5: there is no answer to verify by: add"):
+        train(parse_config(values), tmp_path / "strict")
+    assert not (tmp_path / "strict" / "metrics.jsonl").exists()
+    values["data"]["on_error"] = "skip"
+    train(parse_config(values), tmp_path / "lenient")
+    assert "left out 1 questions" in caplog.text
+    assert [example.origin[-1] for example in first_questions(session_of(values), 9)] == [*"1234"]
+
+
+def session_of(values: dict[str, Any]) -> Session:
+    return build(parse_config(values), CPU)
+
+
+def test_answers_are_asked_for_only_where_they_are_verified(world: Path, tmp_path: Path) -> None:
+    values = answer_values(world, data={"path": str(rows_without_solution(tmp_path))})
+    values |= {"method": {"name": "opd"}, "rewards": "boxed"}
+    session = session_of(values)
+    assert len(first_questions(session, 9)) == 5
+    with pytest.raises(UserError, match=r"bare\.jsonl:5: there is no answer to verify by"):
+        first_questions(session, 9, Boxed(device=CPU))
 
 
 IMAGE = {"rewards": "clip", "method": {"name": "tests.answer_run:Judged"}}

@@ -155,16 +155,30 @@ def subject_of(session: Session, *, num_answers: int | None = None, seed: int = 
     )
 
 
-def first_questions(session: Session, count: int) -> list[Example]:
+def first_questions(
+    session: Session, count: int, reward: AnswerReward | None = None
+) -> list[Example]:
     """Return the first questions of a session's data that its method can use.
+
+    Args:
+        session: The session.
+        count: How many.
+        reward: What the answers will be verified by; None if they will not be.
 
     Raises:
         UserError: If the data cannot be read, or has none.
     """
     problems, family = list[Problem](), questions(session)
-    uses = session.method.solutions()
+    method = session.method
     found = read_questions(session.config.data, Path(), problems)
-    usable = (example for example in found if family.usable(example, solutions=uses))
+
+    def check(example: Example) -> None:
+        method.check_question(example)
+        if reward is not None:
+            reward.check(example)
+
+    uses = method.solutions()
+    usable = (example for example in found if family.usable(example, solutions=uses, check=check))
     asked = list(islice(usable, count))
     settle(problems, session.config.data.on_error)
     family.release()
