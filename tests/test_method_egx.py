@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.exposure_control import random_exposure
 from diffdistill.projection import dense
 from diffdistill.text.atesd import ATESD
 from diffdistill.text.egx import EGX
@@ -15,6 +17,7 @@ from diffdistill.text.exopd import ExOPD
 from diffdistill.text.opd import OPD
 from diffdistill.text.opsd import OPSD
 from diffdistill.text.sdar import SDAR
+from diffdistill.types import Example
 from tests.conftest import START
 from tests.toy_answers import FirstToken, Network, Questions, question_batch
 from tests.toy_texts import only_loss, student_gradients
@@ -224,6 +227,29 @@ def test_the_controllers_numbers_leave_the_student_no_gradient() -> None:
     torch.testing.assert_close(
         student_gradients(make(ATESD), [batch]), student_gradients(fixed, [batch])
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (OPSD, {"exposure": 0.5}),
+        (SDAR, {"exposure": 0.5}),
+        (ExOPD, {"exposure": 0.5}),
+        (ATESD, {"exposure_policy": "fixed", "exposure": 0.5}),
+        (ATESD, {"exposure_policy": "random"}),
+        (EGX, {}),
+    ],
+)
+def test_a_question_without_a_final_answer_is_of_no_use_below_a_full_exposure(
+    kind: Any, options: dict[str, Any]
+) -> None:
+    bare = Example("?", solution="It is four.")
+    method = make(kind, **options)
+    with pytest.raises(UserError, match="there is no final answer to show"):
+        method.check_question(bare)
+    method.check_question(bare._replace(answer="4"))
+    whole = {"exposure": 1.0} | ({"exposure_policy": "fixed"} if kind in (ATESD, EGX) else {})
+    make(kind, **whole).check_question(bare)
 
 
 @pytest.mark.parametrize("policy", ["fixed", "random"])

@@ -10,12 +10,13 @@ from torch import Tensor
 from diffdistill.beta_policy import Start
 from diffdistill.divergences import masked_mean
 from diffdistill.exposure_control import ExposureController, random_exposure
+from diffdistill.exposures import check_answer
 from diffdistill.projection import Prediction, token_logprob
 from diffdistill.rollouts import Answers, Solutions
 from diffdistill.supports import top_logprobs
 from diffdistill.text.answering import Attempt, check_exposure
 from diffdistill.text.comparing import Comparing
-from diffdistill.types import Batch, Progress
+from diffdistill.types import Batch, Example, Progress
 
 WATCHED = ("mismatch", "probe", "grounding", "confidence")
 """What the controller learns of a step, besides the loss."""
@@ -93,6 +94,20 @@ class Exposed(Comparing):
                 progress.step,
                 hold=self.hold,
                 lowest=self.lowest_exposure,
+    @property
+    def least_exposure(self) -> float:
+        """The smallest share of a solution that may be shown."""
+        return self.exposure if self.exposure_policy == "fixed" else self.lowest_exposure
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question of whose solution only a part, without an answer, would be shown.
+
+        Raises:
+            UserError: If there is no final answer to show.
+        """
+        super().check_question(example)
+        check_answer(example, self.least_exposure)
+
                 highest=self.highest_exposure,
             )
         return self.exposure
