@@ -62,38 +62,38 @@ class Exposed(Comparing):
     probe: Literal["reference", "reference-gap"] = "reference-gap"
 
     def __post_init__(self) -> None:
-        """Check the options, and start the controller."""
+        """Check the options, and start the controller if the exposure is learned."""
         super().__post_init__()
         check_exposure(self.exposure)
         self._step = 0
-        self._controller = ExposureController(
+        self._controller = self._new_controller() if self.exposure_policy == "learned" else None
+        if self.hold < 1:
+            raise ValueError(f"hold must be at least 1, not {self.hold}")
+        if not 0 <= self.lowest_exposure <= self.highest_exposure <= 1:
+            raise ValueError(
+                "lowest_exposure and highest_exposure must be in [0, 1] and in this order, not "
+                f"{self.lowest_exposure} and {self.highest_exposure}"
+            )
+
+    def _new_controller(self) -> ExposureController:
+        """Return a controller that has seen nothing, which checks its options."""
+        return ExposureController(
             draws=self.draws,
             hold=self.hold,
             lookahead=self.lookahead,
-            discount=self.reward_discount,
+            reward_discount=self.reward_discount,
             num_decisions=self.num_decisions,
-            learning_rate=self.controller_lr,
+            controller_lr=self.controller_lr,
             teacher_share=self.teacher_share,
-            lowest=self.lowest_exposure,
-            highest=self.highest_exposure,
-            start=self.start_exposure,
+            lowest_exposure=self.lowest_exposure,
+            highest_exposure=self.highest_exposure,
+            start_exposure=self.start_exposure,
         )
 
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
         return "shown"
 
-    def shown(self, progress: Progress) -> float:
-        """Return the exposure of a step, the same for all its micro-batches and ranks."""
-        self._step = progress.step
-        if self.exposure_policy == "learned":
-            return self._controller.exposure(progress)
-        if self.exposure_policy == "random":
-            return random_exposure(
-                self.draws,
-                progress.step,
-                hold=self.hold,
-                lowest=self.lowest_exposure,
     @property
     def least_exposure(self) -> float:
         """The smallest share of a solution that may be shown."""
@@ -108,6 +108,17 @@ class Exposed(Comparing):
         super().check_question(example)
         check_answer(example, self.least_exposure)
 
+    def shown(self, progress: Progress) -> float:
+        """Return the exposure of a step, the same for all its micro-batches and ranks."""
+        self._step = progress.step
+        if self._controller is not None:
+            return self._controller.exposure(progress)
+        if self.exposure_policy == "random":
+            return random_exposure(
+                self.draws,
+                progress.step,
+                hold=self.hold,
+                lowest=self.lowest_exposure,
                 highest=self.highest_exposure,
             )
         return self.exposure
@@ -124,7 +135,7 @@ class Exposed(Comparing):
             theirs: The teacher's prediction of them.
             exposure: What the teacher was shown.
         """
-        if self.exposure_policy != "learned":
+        if self._controller is None:
             return {}
         mask = attempt.answers.mask
         first, other = (
@@ -153,22 +164,24 @@ class Exposed(Comparing):
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Let the controller learn from a step."""
-        if self.exposure_policy == "learned":
+        if self._controller is not None:
             watched = {name: metrics[f"{name}/student"] for name in WATCHED}
             self._controller.observe(self._step, loss=metrics["loss/student"], **watched)
 
     def state(self) -> dict[str, Any]:
-        """Return the controller's state, and the step that it is at."""
-        return {"controller": self._controller.state(), "step": self._step}
+        """Return the step, and the controller's state; None without one."""
+        controller = None if self._controller is None else self._controller.state()
+        return {"controller": controller, "step": self._step}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state`` returned."""
-        self._controller.load_state(state["controller"])
+        if self._controller is not None and state["controller"] is not None:
+            self._controller.load_state(state["controller"])
         self._step = state["step"]
 
     def told_exposure(self, exposure: float) -> dict[str, float]:
         """Return what to log of the exposure and of what chooses it."""
         told = {"exposure": exposure}
-        if self.exposure_policy == "learned":
+        if self._controller is not None:
             told |= self._controller.metrics()
         return told
