@@ -29,6 +29,7 @@ from diffdistill.session_checks import (
     check_kind,
     check_quantized,
     check_shadows,
+    check_support,
 )
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -112,6 +113,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     check_quantized(config)
     check_shadows(config, family)
     check_engine(config)
+    check_support(config, family)
     read = read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)

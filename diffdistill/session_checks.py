@@ -88,6 +88,18 @@ def check_frozen(config: RunConfig) -> None:
     weights = config.roles["teacher"].weights
     if weights != "frozen":
         raise UserError(
+def check_support(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a support of more tokens than the vocabulary has."""
+    size = config.method.get("support_size", 0)
+    if not isinstance(family, CausalLM) or config.method.get("support", "full") == "full":
+        return
+    if size > family.words:
+        raise UserError(
+            f"method.support_size is {size}, and {family.path} has {family.words} tokens: lower "
+            "it, or set method.support: full"
+        )
+
+
             f"roles.teacher: what it says is kept on disk, so weights must be frozen, not {weights}"
         )
 

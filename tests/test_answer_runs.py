@@ -283,6 +283,10 @@ IMAGE = {"rewards": "clip", "method": {"name": "tests.answer_run:Judged"}}
             {"method": {"name": "sft"}},
             "sft is for images and videos: it needs a family such as family.name: flux2-klein",
         ),
+        (
+            {"method": {"name": "opd", "support": "student", "support_size": 10**6}},
+            r"support_size is 1000000, and .*student has \d+ tokens: lower it",
+        ),
         ({"data": {"packing": True}}, "packing=True is for masked diffusion"),
         ({"data": {"turns": "each"}}, "turns=each is for masked diffusion"),
         ({"data": {"student_prompt": "why?"}}, r"student_prompt must have \{question\}"),

@@ -229,6 +229,10 @@ def test_a_clipped_token_keeps_its_direction() -> None:
             {"support": "teacher", "correction": "hybrid", "on_policy_share": 0.5},
             "correction hybrid needs answers of the student's own",
         ),
+        (
+            {"support": "teacher", "correction": "hybrid", "divergence": "forward-kl"},
+            "correction hybrid is for divergence: reverse-kl, not forward-kl",
+        ),
         ({"retention": 0.0}, r"retention must be in \(0, 1\]"),
         ({"top_p": 0.0}, "top_p"),
         ({"on_policy_share": 2.0}, "on_policy_share"),

@@ -90,6 +90,11 @@ class Comparing(Selecting, Ranking):
         ):
             if not fine:
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
+        if self.hybrid and self.divergence != "reverse-kl":
+            raise ValueError(
+                f"correction hybrid is for divergence: reverse-kl, not {self.divergence}: set "
+                "correction to generalized or tail"
+            )
         entries = self.support == "full" and self.divergence in ("forward-kl", "jsd")
         if self.entry_clip is not None and not entries:
             raise ValueError("entry_clip needs support full, and divergence forward-kl or jsd")
