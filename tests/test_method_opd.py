@@ -233,6 +233,8 @@ def test_a_clipped_token_keeps_its_direction() -> None:
             {"support": "teacher", "correction": "hybrid", "divergence": "forward-kl"},
             "correction hybrid is for divergence: reverse-kl, not forward-kl",
         ),
+        ({"divergence": "jsd", "beta": 0.0}, "beta 0 makes .* set divergence: forward-kl, or"),
+        ({"divergence": "jsd", "beta": 1.0}, "beta 1 makes .* set divergence: reverse-kl, or"),
         ({"retention": 0.0}, r"retention must be in \(0, 1\]"),
         ({"top_p": 0.0}, "top_p"),
         ({"on_policy_share": 2.0}, "on_policy_share"),
