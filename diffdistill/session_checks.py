@@ -57,6 +57,11 @@ def check_served(config: RunConfig, role: RoleSettings, server: Server) -> None:
             f"method {name} needs the teacher's whole prediction, and a server gives its most "
             "likely tokens: take opd or opsd, or a teacher of the family causal-lm"
         )
+    if method.get("off_policy") == "teacher" and method["on_policy_share"] < 1:
+        raise UserError(
+            "method.off_policy: teacher needs a teacher that writes, and a server only judges: set "
+            "it to data, or on_policy_share to 1, or take a teacher of the family causal-lm"
+        )
     if method["temperature"] != 1:
         raise UserError(
             f"method.temperature is {method['temperature']}, and a server gives log-probabilities "
@@ -83,11 +88,6 @@ def check_served(config: RunConfig, role: RoleSettings, server: Server) -> None:
         )
 
 
-def check_frozen(config: RunConfig) -> None:
-    """Refuse a teacher that changes while what it said is kept."""
-    weights = config.roles["teacher"].weights
-    if weights != "frozen":
-        raise UserError(
 def check_support(config: RunConfig, family: ModelFamily) -> None:
     """Refuse a support of more tokens than the vocabulary has."""
     size = config.method.get("support_size", 0)
@@ -100,6 +100,11 @@ def check_support(config: RunConfig, family: ModelFamily) -> None:
         )
 
 
+def check_frozen(config: RunConfig) -> None:
+    """Refuse a teacher that changes while what it said is kept."""
+    weights = config.roles["teacher"].weights
+    if weights != "frozen":
+        raise UserError(
             f"roles.teacher: what it says is kept on disk, so weights must be frozen, not {weights}"
         )
 
