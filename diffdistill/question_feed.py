@@ -129,11 +129,15 @@ def _reading(session: Session, family: Questions, skill: str | None = None) -> R
         skill: Which of ``data.skills`` they are of.
     """
     method = session.method
-    uses = method.solutions()
+    asked: dict[str, Any] = {
+        "solutions": method.solutions(),
+        "check": method.check_question,
+        "max_tokens": getattr(method, "max_tokens", 0),
+    }
 
     def read(settings: DataSettings, root: Path, problems: list[Problem]) -> Iterator[Example]:
         found = (e._replace(skill=skill) for e in read_questions(settings, root, problems))
-        return (e for e in found if family.usable(e, solutions=uses, check=method.check_question))
+        return (e for e in found if family.usable(e, **asked))
 
     return read
 

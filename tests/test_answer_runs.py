@@ -13,7 +13,7 @@ from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.evaluation.subject import first_questions
 from diffdistill.rewards.boxed import Boxed
-from diffdistill.session import Session, build
+from diffdistill.session import Session, build, questions
 from tests.answer_run import ROWS, answer_values, save_answer_world, stopped
 from tests.conftest import CPU
 from tests.toy_run import forked, losses
@@ -257,11 +257,29 @@ def session_of(values: dict[str, Any]) -> Session:
 
 def test_answers_are_asked_for_only_where_they_are_verified(world: Path, tmp_path: Path) -> None:
     values = answer_values(world, data={"path": str(rows_without_solution(tmp_path))})
-    values |= {"method": {"name": "opd"}, "rewards": "boxed"}
+    values |= {"method": {"name": "opd", "max_tokens": 6}, "rewards": "boxed"}
     session = session_of(values)
     assert len(first_questions(session, 9)) == 5
     with pytest.raises(UserError, match=r"bare\.jsonl:5: there is no answer to verify by"):
         first_questions(session, 9, Boxed(device=CPU))
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_found_before_training(
+    world: Path, tmp_path: Path
+) -> None:
+    values = answer_values(world, method={"exposure": None})
+    session = session_of(values)
+    family = questions(session)
+    longest = max(len(family.prompt(example)) for example in first_questions(session, 9))
+    values["method"]["max_tokens"] = room = 1024 - longest
+    assert len(first_questions(session_of(values), 9)) == len(ROWS)
+    values["method"]["max_tokens"] += 1
+    told = f"prompt has {longest} tokens, and method.max_tokens is {room + 1}, but .* takes 1024"
+    with pytest.raises(UserError, match=rf"jsonl:\d: the student's {told}") as caught:
+        train(parse_config(values), tmp_path)
+    assert "\n" not in str(caught.value)
+    values["data"]["on_error"] = "skip"
+    assert len(first_questions(session_of(values), 9)) < len(ROWS)
 
 
 IMAGE = {"rewards": "clip", "method": {"name": "tests.answer_run:Judged"}}

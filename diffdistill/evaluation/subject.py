@@ -177,8 +177,12 @@ def first_questions(
         if reward is not None:
             reward.check(example)
 
-    uses = method.solutions()
-    usable = (example for example in found if family.usable(example, solutions=uses, check=check))
+    asks: dict[str, Any] = {
+        "solutions": method.solutions(),
+        "check": check,
+        "max_tokens": getattr(method, "max_tokens", 0),
+    }
+    usable = (example for example in found if family.usable(example, **asks))
     asked = list(islice(usable, count))
     settle(problems, session.config.data.on_error)
     family.release()
