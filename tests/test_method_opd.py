@@ -76,6 +76,18 @@ def test_a_teacher_that_is_the_student_teaches_nothing(options: dict[str, Any]) 
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("support", ["teacher", "student", "intersection"])
+@pytest.mark.parametrize("correction", ["tail", "hybrid"])
+def test_on_a_few_tokens_it_is_still_told_how_likely_the_answers_are(
+    support: str, correction: str
+) -> None:
+    batch = question_batch(4)
+    method = make(support=support, support_size=3, correction=correction)
+    found, whole = only_loss(method, batch).metrics, only_loss(make(), batch).metrics
+    for name in ("logprob", "sampler_gap"):
+        torch.testing.assert_close(found[name], whole[name])
+
+
 @pytest.mark.parametrize("options", [{}, {"divergence": "sampled"}, {"select": "soft-or"}])
 def test_only_the_student_learns(options: dict[str, Any]) -> None:
     method = make(**options)
