@@ -76,8 +76,8 @@ def seen_questions(session: Session, samples: int) -> Iterator[Example]:
     """
     data, family = session.config.data, questions(session)
     given = isinstance(session.family, CausalPair)
-    parts: dict[str | None, DataSettings] = {**of_skills(data)} or {None: data}
-    for skill, part in parts.items():
+    parts: list[tuple[str | None, DataSettings]] = [*of_skills(data).items()] or [(None, data)]
+    for skill, part in parts:
         read = read_texts if given else _reading(session, family, skill)
         if data.streaming:
             yield from islice(endless_texts(part, session.config.train.seed, read=read), samples)
