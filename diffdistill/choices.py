@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffdistill.doubles import doubled
 from diffdistill.projection import (
     TILE_NUMBERS,
     Prediction,
@@ -57,6 +58,6 @@ def _by_tiles(prediction: Prediction, numbers: Tensor | None, tile_rows: int | N
         if numbers is None:
             found.append(logits.argmax(-1))
         else:
-            part = numbers[start : start + size].double()
-            found.append(invert(logits.double().softmax(-1), part))
+            part = doubled(numbers[start : start + size])
+            found.append(invert(doubled(logits).softmax(-1), part).to(rows.device))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=rows.device)

@@ -32,7 +32,7 @@ class Decision(NamedTuple):
         number: Of the hold window that it is for.
         step: From which on it was used.
         features: What the choice was made from.
-        exposure: As used, in [lowest, highest].
+        exposure: As used, in [lowest_exposure, highest_exposure].
     """
 
     number: int
@@ -70,33 +70,33 @@ class ExposureController:
         draws: The source of random numbers.
         hold: Steps of a window, during which the exposure stays as it is.
         lookahead: Steps after which a decision is rewarded.
-        discount: Of each further step in a reward.
+        reward_discount: Of each further step in a reward.
         num_decisions: Rewarded decisions per update of the policy.
         width: Of the hidden layer.
-        learning_rate: Of the policy's Adam.
-        lowest: Smallest exposure; smaller draws become it.
-        highest: Largest exposure, likewise.
+        controller_lr: Of the policy's Adam.
+        lowest_exposure: Smallest exposure; smaller draws become it.
+        highest_exposure: Largest exposure, likewise.
         teacher_share: Of the teacher's log-probability of the reference answer in the reward.
         entropy_target: Entropy of the policy above which it costs something. No Beta distribution
             has more than 0, the entropy of the uniform one, so 0 never costs anything.
         entropy_penalty: Factor of the square of what is too much.
-        start: Whether the policy starts without preference, or with nearly all exposed.
+        start_exposure: Whether the policy starts without preference, or with nearly all exposed.
         memory: Decay of the moving averages that the policy sees.
     """
 
     draws: Draws
     hold: int = 5
     lookahead: int = 10
-    discount: float = 0.9
+    reward_discount: float = 0.9
     num_decisions: int = 8
     width: int = 32
-    learning_rate: float = 1e-3
-    lowest: float = 0.05
-    highest: float = 1.0 - 1e-3
+    controller_lr: float = 1e-3
+    lowest_exposure: float = 0.05
+    highest_exposure: float = 1.0 - 1e-3
     teacher_share: float = 0.1
     entropy_target: float = 0.0
     entropy_penalty: float = 0.1
-    start: Start = "neutral"
+    start_exposure: Start = "neutral"
     memory: float = 0.9
 
     def __post_init__(self) -> None:
@@ -109,22 +109,31 @@ class ExposureController:
         for name, least in (("hold", 2), ("lookahead", 2), ("num_decisions", 2), ("width", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        high = self.highest_exposure
         for name, good, allowed in (
-            ("discount", 0 < self.discount <= 1, "in (0, 1]"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
-            ("lowest", 0 < self.lowest < self.highest, "above 0 and below highest"),
-            ("highest", self.highest < 1, "below 1"),
+            ("reward_discount", 0 < self.reward_discount <= 1, "in (0, 1]"),
+            ("controller_lr", self.controller_lr > 0, "above 0"),
+            (
+                "lowest_exposure",
+                0 < self.lowest_exposure < high,
+                "above 0 and below highest_exposure",
+            ),
+            ("highest_exposure", high < 1, "below 1"),
             ("teacher_share", self.teacher_share >= 0, "at least 0"),
             ("entropy_penalty", self.entropy_penalty >= 0, "at least 0"),
-            ("start", self.start in START_BIAS, f"one of {', '.join(START_BIAS)}"),
+            (
+                "start_exposure",
+                self.start_exposure in START_BIAS,
+                f"one of {', '.join(START_BIAS)}",
+            ),
             ("memory", 0 <= self.memory < 1, "in [0, 1)"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
         self._policy = BetaPolicy(
             width=self.width,
-            learning_rate=self.learning_rate,
-            start=self.start,
+            learning_rate=self.controller_lr,
+            start=self.start_exposure,
             generator=self.draws.generator("exposure-policy", 0),
         )
         self._updates = 0
@@ -145,7 +154,7 @@ class ExposureController:
             with torch.no_grad():
                 a, b = self._policy.concentrations(torch.tensor(features, dtype=torch.float64))
             drawn = beta_sample(a.item(), b.item(), self.draws.generator("exposure", number))
-            used = min(max(drawn, self.lowest), self.highest)
+            used = min(max(drawn, self.lowest_exposure), self.highest_exposure)
             self._current = Decision(number, progress.step, features, used)
             self._waiting.append(self._current)
         return self._current.exposure
@@ -194,7 +203,7 @@ class ExposureController:
         ``sd / sqrt(pi)`` (0.564 sd) for each step that counts, times its discount: progress only
         counts what falls (ours). Half of the mean square of recent changes is the variance.
         """
-        weights = sum(self.discount**i for i in range(1, self.lookahead))
+        weights = sum(self.reward_discount**i for i in range(1, self.lookahead))
         return math.sqrt(self._running["noise"].mean / math.pi) * weights
 
     def metrics(self) -> dict[str, float]:
@@ -246,8 +255,8 @@ class ExposureController:
         """Work out the rewards of a decision, if every step of its look-ahead was seen."""
         if [s.step - decision.step for s in self._seen] != list(range(self.lookahead + 1)):
             return
-        progress = progress_reward([s.probe for s in self._seen], self.discount)
-        grounding = grounding_reward([s.grounding for s in self._seen], self.discount)
+        progress = progress_reward([s.probe for s in self._seen], self.reward_discount)
+        grounding = grounding_reward([s.grounding for s in self._seen], self.reward_discount)
         self._running["progress"].add(progress)
         self._running["grounding"].add(grounding)
         self._matured.append(Outcome(decision.features, decision.exposure, progress, grounding))

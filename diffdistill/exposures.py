@@ -9,6 +9,9 @@ import math
 import re
 from itertools import pairwise
 
+from diffdistill.errors import UserError
+from diffdistill.types import Example
+
 ENOUGH_SEGMENTS = 4
 """A coarse rule is used if it gives so many segments: then quarters of a solution differ."""
 
@@ -76,6 +79,28 @@ def reveal(solution: str, exposure: float, answer: str | None = None) -> str:
     if len(shown) == len(solution) > 0 or (box is not None and box[1] <= len(shown)):
         return shown
     return shown + ((answer or "") if box is None else solution[box[0] : box[1]])
+
+
+def check_answer(example: Example, exposure: float | None) -> None:
+    """Refuse a question of whose solution less than all would be shown, without a final answer.
+
+    At a small exposure nothing at all would be shown of it.
+
+    Args:
+        example: The question.
+        exposure: The smallest share of its solution that may be shown; None shows nothing.
+
+    Raises:
+        UserError: If its solution has no box, and it has no answer.
+    """
+    if exposure is None or exposure >= 1 or (example.answer or "").strip():
+        return
+    if final_answer(example.solution or "") is None:
+        where = f"{example.origin}: " if example.origin else ""
+        raise UserError(
+            f"{where}there is no final answer to show with a part of the solution: add a column "
+            "'answer' (data.answer_column names another), or a \\boxed{...} to the solution"
+        )
 
 
 def _last_box(text: str) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor, nn
 
 from diffdistill.rollouts import Solutions
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 
 Kind: TypeAlias = Literal["pictures", "texts", "answers"]
 """What a run is of: images and videos, masked-diffusion or autoregressive language models."""
@@ -132,6 +132,15 @@ class Method(ABC):
         Of methods with ``answers``. A solution that is shown must fit into the teacher's prompt.
         """
         return "unused"
+
+    def check_question(self, example: Example) -> None:  # noqa: B027 - most need no more
+        """Refuse a question that lacks what training needs besides its prompt and solution.
+
+        Of methods with ``answers``. Asked of every question before training.
+
+        Raises:
+            UserError: If it cannot be used.
+        """
 
     def check_clip(self, num_frames: int) -> None:  # noqa: B027 - most take any
         """Refuse clips of so many pixel frames, and of such a family, before they are encoded.

@@ -125,7 +125,9 @@ def sampler_weights(
     if level == "sequence":
         change = change.sum(1, keepdim=True).expand_as(logprob)
     ratio = change.exp()
-    return ratio.clamp(max=most) if bound == "truncate" else ratio * (ratio <= most)
+    if bound == "truncate":
+        return ratio.clamp(max=most)
+    return torch.where(ratio <= most, ratio, 0.0)  # a ratio may be infinite, which no 0 undoes
 
 
 def k3_penalty(logprob: Tensor, reference_logprob: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ def question_batches(session: Session, family: Questions, distributed: Distribut
                 f"data.{name}={getattr(data, name)} is for masked diffusion: an autoregressive "
                 "model is asked each row's last question alone"
             )
-    read = _reading(session, family)
     if data.skills:
-        return _of_skills(session, family, distributed, read)
+        return _of_skills(session, family, distributed)
+    read = _reading(session, family)
     if data.streaming:
         return _streamed(session, family, distributed, read)
     dataset = _opened(data, family, read)
@@ -76,8 +76,9 @@ def seen_questions(session: Session, samples: int) -> Iterator[Example]:
     """
     data, family = session.config.data, questions(session)
     given = isinstance(session.family, CausalPair)
-    read = read_texts if given else _reading(session, family)
-    for part in [*of_skills(data).values()] or [data]:
+    parts: list[tuple[str | None, DataSettings]] = [*of_skills(data).items()] or [(None, data)]
+    for skill, part in parts:
+        read = read_texts if given else _reading(session, family, skill)
         if data.streaming:
             yield from islice(endless_texts(part, session.config.train.seed, read=read), samples)
             continue
@@ -119,13 +120,24 @@ def telling(texts: Iterator[Example], family: TextRows[Any] | Questions) -> Iter
             family.release()
 
 
-def _reading(session: Session, family: Questions) -> Reading:
-    """Return what reads the questions that a run's method can use."""
-    uses = session.method.solutions()
+def _reading(session: Session, family: Questions, skill: str | None = None) -> Reading:
+    """Return what reads the questions that a run's method can use.
+
+    Args:
+        session: The run.
+        family: Reads for its models.
+        skill: Which of ``data.skills`` they are of.
+    """
+    method = session.method
+    asked: dict[str, Any] = {
+        "solutions": method.solutions(),
+        "check": method.check_question,
+        "max_tokens": getattr(method, "max_tokens", 0),
+    }
 
     def read(settings: DataSettings, root: Path, problems: list[Problem]) -> Iterator[Example]:
-        found = read_questions(settings, root, problems)
-        return (example for example in found if family.usable(example, solutions=uses))
+        found = (e._replace(skill=skill) for e in read_questions(settings, root, problems))
+        return (e for e in found if family.usable(e, **asked))
 
     return read
 
@@ -153,19 +165,20 @@ def _streamed(
     return batches
 
 
-def _of_skills(
-    session: Session, family: Questions, distributed: Distributed, read: Reading
-) -> Batches:
+def _of_skills(session: Session, family: Questions, distributed: Distributed) -> Batches:
     """Return batches with as many questions of each skill, in the order of a run of it alone."""
     data = session.config.data
     if data.streaming:
         raise UserError("data.streaming cannot be combined with data.skills")
-    sets = {name: _opened(part, family, read) for name, part in of_skills(data).items()}
+    sets = {
+        name: _opened(part, family, _reading(session, family, name))
+        for name, part in of_skills(data).items()
+    }
 
     def make(micros: tuple[MicroBatch, ...]) -> Batch:
         found = [
-            (sets[skill][index]._replace(skill=skill), number * len(sets) + place)
-            for place, (skill, micro) in enumerate(zip(sets, micros, strict=True))
+            (dataset[index], number * len(sets) + place)
+            for place, (dataset, micro) in enumerate(zip(sets.values(), micros, strict=True))
             for index, number in zip(micro.indices, micro.ids, strict=True)
         ]
         examples, ids = zip(*found, strict=True)

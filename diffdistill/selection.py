@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffdistill.doubles import doubled
+
 Rule = Literal["none", "entropy", "divergence", "soft-or", "q3"]
 Scope = Literal["rollout", "micro-batch", "global"]
 """Among which tokens the least and the largest value are looked for: those of one answer, of the
@@ -59,10 +61,10 @@ def bounds(
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
     # One column more, so that there is something to look up where there is no token.
     ordered = pad(values.masked_fill(~mask, torch.inf), (0, 1), value=torch.inf).sort(1).values
-    place = last.double() * (1.0 if clip_quantile is None else clip_quantile)
-    below = ordered.gather(1, place.floor().long())
-    above = ordered.gather(1, place.ceil().long())
-    high = torch.lerp(below, above, (place - place.floor()).to(values.dtype))
+    place = doubled(last) * (1.0 if clip_quantile is None else clip_quantile)
+    below = ordered.gather(1, place.floor().long().to(values.device))
+    above = ordered.gather(1, place.ceil().long().to(values.device))
+    high = torch.lerp(below, above, (place - place.floor()).to(values.dtype).to(values.device))
     return Bounds(ordered[:, :1], high)
 
 
@@ -151,12 +153,12 @@ def select_tokens(
         numbers: Uniform numbers ``[B, A]`` in [0, 1).
     """
     assert 0.0 < retention <= 1.0, retention
-    keys = scores.double()
+    keys = doubled(scores)
     if numbers is not None:
         # The order in which exponential clocks ring, of rates that are the scores.
-        keys = torch.log1p(-numbers.double()) / keys.clamp(min=LEAST_WEIGHT)
-    order = keys.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    tokens = mask.sum(1, keepdim=True)
+        keys = torch.log1p(-doubled(numbers)) / keys.clamp(min=LEAST_WEIGHT)
+    keys = keys.masked_fill(~mask.to(keys.device), -torch.inf)
+    order = keys.argsort(dim=1, descending=True, stable=True)
     # 0.29 * 100 is a little less than 29.
-    kept = (retention * tokens.double() + 1e-9).floor().clamp(min=1.0)
-    return mask & (order.argsort(dim=1) < kept)
+    kept = (retention * doubled(mask.sum(1, keepdim=True)) + 1e-9).floor().clamp(min=1.0)
+    return mask & (order.argsort(dim=1) < kept).to(mask.device)

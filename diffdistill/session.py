@@ -15,7 +15,7 @@ from diffdistill.family_building import Read, build_family, other_families, read
 from diffdistill.method import Method
 from diffdistill.pipelines.causal_pair import CausalPair
 from diffdistill.pipelines.flow import FlowFamily
-from diffdistill.pipelines.questions import Questions
+from diffdistill.pipelines.questions import Questions, context_length
 from diffdistill.pipelines.server import Server
 from diffdistill.pipelines.text_pair import TextPair
 from diffdistill.reward_building import build_answer_reward, build_reward
@@ -29,6 +29,7 @@ from diffdistill.session_checks import (
     check_kind,
     check_quantized,
     check_shadows,
+    check_support,
 )
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -112,6 +113,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
     check_quantized(config)
     check_shadows(config, family)
     check_engine(config)
+    check_support(config, family)
     read = read_by(config, family, others)
     draws = Draws(config.train.seed)
     roles = build_roles(_resolved(config.roles), family, others=others, seed=config.train.seed)
@@ -124,6 +126,9 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         check_compilable(family, roles)
         for network in roles.networks():  # of language models, what is called
             getattr(network, "base_model", network).compile()
+    if isinstance(read, Questions):
+        networks = {name: role.network for name, role in roles.by_name.items()}
+        read.context_lengths = {name: context_length(net) for name, net in networks.items()}
     method = _wire(config, read, roles, draws)
     add_heads(method, roles, config.train.seed)
     if isinstance(read, CausalPair) and type(method).annotate is not Method.annotate:

@@ -57,6 +57,11 @@ def check_served(config: RunConfig, role: RoleSettings, server: Server) -> None:
             f"method {name} needs the teacher's whole prediction, and a server gives its most "
             "likely tokens: take opd or opsd, or a teacher of the family causal-lm"
         )
+    if method.get("off_policy") == "teacher" and method["on_policy_share"] < 1:
+        raise UserError(
+            "method.off_policy: teacher needs a teacher that writes, and a server only judges: set "
+            "it to data, or on_policy_share to 1, or take a teacher of the family causal-lm"
+        )
     if method["temperature"] != 1:
         raise UserError(
             f"method.temperature is {method['temperature']}, and a server gives log-probabilities "
@@ -80,6 +85,18 @@ def check_served(config: RunConfig, role: RoleSettings, server: Server) -> None:
             f"method.support_size is {method['support_size']}, and roles.teacher.family.top_k is "
             f"{server.top_k}: raise top_k (vLLM gives as many as its --max-logprobs, by default "
             "20), or lower support_size"
+        )
+
+
+def check_support(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a support of more tokens than the vocabulary has."""
+    size = config.method.get("support_size", 0)
+    if not isinstance(family, CausalLM) or config.method.get("support", "full") == "full":
+        return
+    if size > family.words:
+        raise UserError(
+            f"method.support_size is {size}, and {family.path} has {family.words} tokens: lower "
+            "it, or set method.support: full"
         )
 
 

@@ -33,6 +33,15 @@ class SkillRewards(AnswerReward):
             scores[rows] = self.rewards[skill].score(*theirs)
         return scores
 
+    def check(self, example: Example) -> None:
+        """Refuse an example that the reward of its skill could not judge.
+
+        Raises:
+            UserError: If it is of no skill that has one, or has no answer to verify by.
+        """
+        for skill in self._rows([example]):
+            self.rewards[skill].check(example)
+
     def parses(self, answers: Sequence[str]) -> Tensor:
         """Return whether each answer keeps to the format of any skill, bool ``[B]``."""
         return torch.stack([reward.parses(answers) for reward in self.rewards.values()]).any(0)

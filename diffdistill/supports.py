@@ -105,7 +105,8 @@ def truncated_divergence(
 
     ``divergence`` has a graph to the student. ``student_mass`` and ``teacher_mass`` are the
     probabilities of the support, ``overlap`` is the share of the teacher's k most likely tokens
-    that are among the student's; constants.
+    that are among the student's, and ``logprob``, if there are ``tokens``, is the student's
+    log-probability of them; constants.
 
     With p the student's probabilities and q the teacher's, S the support:
 
@@ -131,7 +132,7 @@ def truncated_divergence(
         support: Whose k most likely tokens: of the teacher, of the student, or both at once.
         k: How many.
         correction: See above.
-        tokens: The answer's tokens ``[...]``, for ``hybrid``.
+        tokens: The answer's tokens ``[...]``; ``hybrid`` needs them.
         mask: bool ``[...]``, rows to compute; the others are 0.
         temperature: Logits of both sides are divided by it.
         beta: Of the JSD; see ``projection.token_maps``.
@@ -153,24 +154,25 @@ def truncated_divergence(
     sizes = {vocabulary(side) for side in (student, teacher) if not isinstance(side, TopK)}
     assert len(sizes) == 1 or shared, f"vocabularies of {sizes}; set shared"
     rows = Rows(prediction_rows(student).shape[:-1], mask)
-    extra = rows.flat(tokens[..., None]) if tokens is not None and correction == "hybrid" else None
+    answer = None if tokens is None else rows.flat(tokens[..., None])
+    extra = answer if correction == "hybrid" else None
 
-    def picks(side: Prediction, ids: Tensor | None) -> Picks:
+    def picks(side: Prediction, ids: Tensor | None, extra: Tensor | None) -> Picks:
         return picked(
             side, rows, k, ids=ids, extra=extra, temperature=temperature, shared=shared
         )  # fmt: skip
 
     if isinstance(teacher, TopK):
         theirs = _given(teacher, rows, k, extra is not None)
-        ours = picks(student, theirs.top)
+        ours = picks(student, theirs.top, answer)
     elif support == "student":
-        ours = picks(student, None)
+        ours = picks(student, None, answer)
         with torch.no_grad():
-            theirs = picks(teacher, ours.top)
+            theirs = picks(teacher, ours.top, extra)
     else:
         with torch.no_grad():
-            theirs = picks(teacher, None)
-        ours = picks(student, theirs.top)
+            theirs = picks(teacher, None, extra)
+        ours = picks(student, theirs.top, answer)
     common = (theirs.top[:, :, None] == ours.top[:, None, :]).any(-1)
     on = _Support(
         ids=ours.top if support == "student" else theirs.top,
@@ -189,6 +191,8 @@ def truncated_divergence(
         "teacher_mass": q.exp().sum(-1),
         "overlap": common.to(p.dtype).mean(-1),
     }
+    if answer is not None:
+        maps["logprob"] = on.student[:, -1].detach()
     return {name: rows.spread(value) for name, value in maps.items()}
 
 
@@ -327,8 +331,8 @@ class _Support(NamedTuple):
     Attributes:
         ids: The tokens ``[N, K]``.
         kept: Which of them belong to it, bool ``[N, K]``.
-        student: The student's ``[N, K]``, and that of the answer's token where it is needed.
-        teacher: The teacher's.
+        student: The student's ``[N, K]``, and that of the answer's token where it is given.
+        teacher: The teacher's, and that of the answer's token where it is needed.
     """
 
     ids: Tensor

@@ -45,6 +45,13 @@ class AnswerReward(ABC):
             UserError: If an example has no answer to verify by.
         """
 
+    def check(self, example: Example) -> None:  # noqa: B027 - some need nothing of an example
+        """Refuse an example whose answers could not be scored, before any is written.
+
+        Raises:
+            UserError: If it lacks what they are verified by.
+        """
+
     @abstractmethod
     def parses(self, answers: Sequence[str]) -> Tensor:
         """Return whether each answer keeps to the format that is asked for, bool ``[B]``."""
@@ -90,6 +97,14 @@ class FinalAnswer(AnswerReward):
             scores.append(1.0 if right else wrong)
         return torch.tensor(scores, dtype=torch.float32, device=self.device)
 
+    def check(self, example: Example) -> None:
+        """Refuse an example without an answer.
+
+        Raises:
+            UserError: If it has none.
+        """
+        reference(example)
+
     def parses(self, answers: Sequence[str]) -> Tensor:
         """Return whether each answer has a final answer in the format."""
         found = [self.final(answer) is not None for answer in answers]
@@ -104,7 +119,10 @@ def reference(example: Example) -> str:
     """
     if example.answer is None or not example.answer.strip():
         where = example.origin or f"the question {example.prompt!r}"
-        raise UserError(f"{where}: there is no answer to verify by; add one to each example")
+        raise UserError(
+            f"{where}: there is no answer to verify by: add a column 'answer' "
+            "(data.answer_column names another)"
+        )
     return example.answer
 
 

@@ -15,6 +15,7 @@ from transformers.generation import (
 )
 
 from diffdistill.choices import invert
+from diffdistill.doubles import doubled
 from diffdistill.pipelines.answers import is_one_of
 from diffdistill.rollouts import Answers, Sampling
 
@@ -70,9 +71,11 @@ class Choosing(LogitsProcessor):
             tokens = logits.argmax(-1)
             self.logprobs.append(torch.zeros_like(tokens, dtype=torch.float32))
         else:
-            logprobs = self.warpers(input_ids, logits).double().log_softmax(-1)
-            tokens = invert(logprobs.exp(), self.numbers[:, place].double())
-            self.logprobs.append(logprobs.gather(1, tokens[:, None])[:, 0].float())
+            logprobs = doubled(self.warpers(input_ids, logits)).log_softmax(-1)
+            picked = invert(logprobs.exp(), doubled(self.numbers[:, place]))
+            likely = logprobs.gather(1, picked[:, None])[:, 0].float()
+            tokens = picked.to(scores.device)
+            self.logprobs.append(likely.to(scores.device))
         if self.watch is not None:
             self.watch(tokens)
         return forced.scatter(1, tokens[:, None], 0.0)

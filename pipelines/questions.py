@@ -2,11 +2,13 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PretrainedConfig
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
@@ -78,6 +80,7 @@ class Questions:
         engine: Writes the student's answers.
         skipped: What was wrong with the questions that were left out.
         compared: Whether tokens of the two are; else their vocabularies may differ.
+        context_lengths: How many tokens the network of each reader takes, where that is known.
     """
 
     student: CausalLM
@@ -86,6 +89,7 @@ class Questions:
     engine: Engine = field(default_factory=Generate)
     skipped: list[str] = field(default_factory=list)
     compared: bool = True
+    context_lengths: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that both have the same tokens.
@@ -264,6 +268,16 @@ class Questions:
             f"{self.asking.max_prompt}"
         )
 
+    def _check_room(self, length: int, reader: Reader, max_tokens: int) -> None:
+        """Refuse a prompt after which an answer might not fit into the network."""
+        most = self.context_lengths.get(reader)
+        if most is not None and length + max_tokens > most:
+            raise UserError(
+                f"the {reader}'s prompt has {length} tokens, and method.max_tokens is "
+                f"{max_tokens}, but its network takes {most} (max_position_embeddings): lower "
+                "max_tokens, or leave out long questions with data.on_error: skip"
+            )
+
     def _messages(
         self, example: Example, reader: Reader, exposure: float | None
     ) -> list[Mapping[str, str]]:
@@ -280,22 +294,37 @@ class Questions:
 
     # what the data asks
 
-    def usable(self, example: Example, *, solutions: Solutions = "unused") -> bool:
+    def usable(
+        self,
+        example: Example,
+        *,
+        solutions: Solutions = "unused",
+        check: Callable[[Example], None] | None = None,
+        max_tokens: int = 0,
+    ) -> bool:
         """Return whether a question can be asked; if not, it is an error or to be left out.
 
         Args:
             example: The question.
             solutions: What becomes of its solution; one that is shown is tried as a whole.
+            check: Refuses a question that lacks something else; None asks no more.
+            max_tokens: Of the longest answer, for which the networks must have room.
 
         Raises:
             UserError: If it cannot be asked, and is not to be left out.
         """
         try:
-            self.prompt(example)
-            self.prompt(example, reader="teacher", exposure=1.0 if solutions == "shown" else None)
+            exposure = 1.0 if solutions == "shown" else None
+            asked = self.prompt(example)
+            shown = self.prompt(example, reader="teacher", exposure=exposure)
+            with located(example.origin):
+                self._check_room(len(asked), "student", max_tokens)
+                self._check_room(len(shown), "teacher", max_tokens)
             if solutions == "learned":
                 with located(example.origin):
                     solution_of(example)
+            if check is not None:
+                check(example)
         except UserError as error:
             if not self.asking.skip:
                 raise
@@ -320,6 +349,22 @@ class Questions:
                 self.skipped[0],
             )
             self.skipped.clear()
+
+
+def context_length(network: nn.Module) -> int | None:
+    """Return how many tokens a network takes; None where that is not known.
+
+    With a scaled rotary embedding it may be more than the network's settings say.
+    """
+    settings: Any = getattr(network, "config", None)
+    if not isinstance(settings, PretrainedConfig):
+        return None
+    settings = settings.get_text_config()
+    rotary = getattr(settings, "rope_parameters", None) or {}
+    if rotary.get("rope_type", "default") != "default":
+        return None
+    found: int | None = getattr(settings, "max_position_embeddings", None)
+    return found
 
 
 def solution_of(example: Example) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffdistill.doubles import doubled
 from diffdistill.draws import Draws
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.prompts import prompt_condition
@@ -237,6 +238,6 @@ def _asked(
 def _means(logprobs: Tensor, state: State) -> list[float]:
     """Return the mean over the tokens of each row."""
     assert state.mask is not None
-    sums = logprobs.double().masked_fill(~state.mask, 0.0).sum(1)
-    means: list[float] = (sums / state.mask.sum(1).clamp(min=1)).tolist()
+    kept = doubled(logprobs.masked_fill(~state.mask, 0.0))
+    means: list[float] = (kept.sum(1) / doubled(state.mask.sum(1).clamp(min=1))).tolist()
     return means

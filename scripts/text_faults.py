@@ -314,7 +314,7 @@ FAULTS = [
     (
         "text: another sampler's tokens weighed without a bound",
         "diffdistill/policy.py",
-        'return ratio.clamp(max=most) if bound == "truncate" else ratio * (ratio <= most)',
+        "return torch.where(ratio <= most, ratio, 0.0)",
         "return ratio",
     ),
     (

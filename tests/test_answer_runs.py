@@ -11,7 +11,9 @@ from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
-from diffdistill.session import build
+from diffdistill.evaluation.subject import first_questions
+from diffdistill.rewards.boxed import Boxed
+from diffdistill.session import Session, build, questions
 from tests.answer_run import ROWS, answer_values, save_answer_world, stopped
 from tests.conftest import CPU
 from tests.toy_run import forked, losses
@@ -234,6 +236,52 @@ def test_a_question_without_a_solution_that_is_to_be_shown_is_found_before_train
         train(parse_config(values), tmp_path / "stream")
 
 
+def test_a_question_without_an_answer_to_verify_by_is_found_before_training(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = rows_without_solution(tmp_path)
+    values = answer_values(world, data={"path": str(file)}, train={"steps": 3}, rewards="boxed")
+    values["method"] = {"name": "grpo", "num_answers": 2, "max_tokens": 3}
+    with pytest.raises(UserError, match=r"bare\.jsonl:5: there is no answer to verify by: add"):
+        train(parse_config(values), tmp_path / "strict")
+    assert not (tmp_path / "strict" / "metrics.jsonl").exists()
+    values["data"]["on_error"] = "skip"
+    train(parse_config(values), tmp_path / "lenient")
+    assert "left out 1 questions" in caplog.text
+    assert [example.origin[-1] for example in first_questions(session_of(values), 9)] == [*"1234"]
+
+
+def session_of(values: dict[str, Any]) -> Session:
+    return build(parse_config(values), CPU)
+
+
+def test_answers_are_asked_for_only_where_they_are_verified(world: Path, tmp_path: Path) -> None:
+    values = answer_values(world, data={"path": str(rows_without_solution(tmp_path))})
+    values |= {"method": {"name": "opd", "max_tokens": 6}, "rewards": "boxed"}
+    session = session_of(values)
+    assert len(first_questions(session, 9)) == 5
+    with pytest.raises(UserError, match=r"bare\.jsonl:5: there is no answer to verify by"):
+        first_questions(session, 9, Boxed(device=CPU))
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_found_before_training(
+    world: Path, tmp_path: Path
+) -> None:
+    values = answer_values(world, method={"exposure": None})
+    session = session_of(values)
+    family = questions(session)
+    longest = max(len(family.prompt(example)) for example in first_questions(session, 9))
+    values["method"]["max_tokens"] = room = 1024 - longest
+    assert len(first_questions(session_of(values), 9)) == len(ROWS)
+    values["method"]["max_tokens"] += 1
+    told = f"prompt has {longest} tokens, and method.max_tokens is {room + 1}, but .* takes 1024"
+    with pytest.raises(UserError, match=rf"jsonl:\d: the student's {told}") as caught:
+        train(parse_config(values), tmp_path)
+    assert "\n" not in str(caught.value)
+    values["data"]["on_error"] = "skip"
+    assert len(first_questions(session_of(values), 9)) < len(ROWS)
+
+
 IMAGE = {"rewards": "clip", "method": {"name": "tests.answer_run:Judged"}}
 
 
@@ -252,6 +300,10 @@ IMAGE = {"rewards": "clip", "method": {"name": "tests.answer_run:Judged"}}
         (
             {"method": {"name": "sft"}},
             "sft is for images and videos: it needs a family such as family.name: flux2-klein",
+        ),
+        (
+            {"method": {"name": "opd", "support": "student", "support_size": 10**6}},
+            r"support_size is 1000000, and .*student has \d+ tokens: lower it",
         ),
         ({"data": {"packing": True}}, "packing=True is for masked diffusion"),
         ({"data": {"turns": "each"}}, "turns=each is for masked diffusion"),

@@ -26,8 +26,10 @@ from diffdistill.evaluation.prefix_probe import written
 from diffdistill.evaluation.subject import Subject, first_questions, subject_of
 from diffdistill.evaluation.target_sampling import target_answers
 from diffdistill.evaluation.verdicts import AGREE, BIASED, CUT_OFF
+from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.engines import Asked, Engine
 from diffdistill.projection import dense
-from diffdistill.rollouts import Sampling
+from diffdistill.rollouts import Actor, Answers, Sampling
 from diffdistill.sampling import inference
 from diffdistill.session import Session, build, questions
 from diffdistill.supports import top_logprobs
@@ -50,6 +52,14 @@ class Halves(AnswerReward):
 
     def parses(self, answers: Sequence[str]) -> Tensor:
         return torch.tensor([answer[:1].isalpha() for answer in answers])
+
+
+@dataclass(kw_only=True)
+class Serving(Engine):
+    """An engine that another run's training is using."""
+
+    def answers(self, family: CausalLM, student: Actor, asked: Asked) -> Answers:
+        raise AssertionError("it would be given other weights")
 
 
 def quiet(text: str) -> None:
@@ -112,6 +122,16 @@ def opsd(built_opsd: Any) -> Iterator[Any]:
 def exopd(built_exopd: Any) -> Iterator[Any]:
     with inference(built_exopd[0]):
         yield built_exopd
+
+
+def test_answers_are_written_by_generate_whatever_the_engine_of_the_run(world: Path) -> None:
+    values = values_of(world, "opsd", num_answers=2)
+    session, subject, asked = started(values | {"engine": "tests.test_diagnose:Serving"})
+    assert isinstance(questions(session).engine, Serving)
+    with inference(session):
+        found = subject.attempt(asked, 0).answers
+    _, plain, _ = started(values)
+    assert torch.equal(found.tokens, plain.attempt(asked, 0).answers.tokens)
 
 
 # measures against brute force

@@ -138,7 +138,7 @@ def test_the_policy_learns_without_a_graph_and_reaches_no_student() -> None:
 
 
 def test_a_decision_is_rewarded_for_the_steps_that_follow_it() -> None:
-    controller = make_controller(hold=2, lookahead=4, discount=0.5, num_decisions=9)
+    controller = make_controller(hold=2, lookahead=4, reward_discount=0.5, num_decisions=9)
     probes = [9.0, 7.0, 6.0, 6.5, 2.5, 2.5, 0.0]
     groundings = [100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     for step, (probe, grounding) in enumerate(zip(probes, groundings, strict=True)):
@@ -182,7 +182,7 @@ def test_noise_alone_earns_its_floor() -> None:
     earned = sum(progress_reward(row, 0.9) for row in noise) / len(noise)
     assert earned == pytest.approx(0.564 * 0.2 * weights, rel=0.02)
 
-    controller = make_controller(learning_rate=1e-9)
+    controller = make_controller(controller_lr=1e-9)
     probes = randn(1500, seed=6).mul(0.2).tolist()
     live(controller, lambda step, _: still(step, 0.0) | {"probe": probes[step]}, range(1500))
     assert controller.noise_floor() == pytest.approx(0.564 * 0.2 * weights, rel=0.15)
@@ -275,7 +275,7 @@ def test_a_policy_starts_without_preference_or_with_nearly_all_exposed() -> None
     torch.testing.assert_close(b, a)
     a, b = make_policy("full").concentrations(rows)
     assert ((a - 1.0) / (a + b - 2.0) > 0.99).all()
-    exposures = live(make_controller(start="full"), still, range(200))
+    exposures = live(make_controller(start_exposure="full"), still, range(200))
     assert sum(exposures) / 200 == pytest.approx(7.0 / 8.02, abs=0.03)
 
 
@@ -294,7 +294,9 @@ def test_samples_have_the_distribution_they_are_drawn_from() -> None:
 
 
 def test_exposures_are_clipped_and_remembered_as_clipped() -> None:
-    controller = make_controller(lowest=0.4, highest=0.6, hold=2, num_decisions=100)
+    controller = make_controller(
+        lowest_exposure=0.4, highest_exposure=0.6, hold=2, num_decisions=100
+    )
     exposures = live(controller, still, range(100))
     assert set(exposures) > {0.4, 0.6}
     assert all(0.4 <= exposure <= 0.6 for exposure in exposures)
@@ -303,7 +305,7 @@ def test_exposures_are_clipped_and_remembered_as_clipped() -> None:
 
 @pytest.mark.parametrize("best", [0.3, 0.8])
 def test_the_policy_moves_to_the_exposure_under_which_the_probe_falls(best: float) -> None:
-    controller = make_controller(hold=3, lookahead=3, num_decisions=16, width=8, learning_rate=0.03)
+    controller = make_controller(hold=3, lookahead=3, num_decisions=16, width=8, controller_lr=0.03)
     live(controller, Falling(best), range(3 * 16 * 40))
     assert mean_of(controller) == pytest.approx(best, abs=0.1)
 
@@ -313,10 +315,10 @@ def test_the_policy_moves_to_the_exposure_under_which_the_teacher_is_grounded() 
         return still(step, exposure) | {"grounding": -abs(exposure - 0.8)}
 
     options: dict[str, Any] = {"hold": 3, "lookahead": 3, "num_decisions": 16, "width": 8}
-    controller = make_controller(learning_rate=0.03, teacher_share=0.5, **options)
+    controller = make_controller(controller_lr=0.03, teacher_share=0.5, **options)
     live(controller, world, range(3 * 16 * 40))
     assert mean_of(controller) > 0.65
-    ignorant = make_controller(learning_rate=0.03, teacher_share=0.0, **options)
+    ignorant = make_controller(controller_lr=0.03, teacher_share=0.0, **options)
     live(ignorant, world, range(3 * 16 * 10))
     assert mean_of(ignorant) == pytest.approx(0.5)
 
@@ -361,7 +363,7 @@ def test_a_resumed_controller_goes_on_where_it_was(stop: int) -> None:
     options: dict[str, Any] = {"hold": 3, "lookahead": 7, "num_decisions": 3}
     whole = make_controller(**options)
     live(whole, noisy, range(stop))
-    resumed = make_controller(start="full", **options)
+    resumed = make_controller(start_exposure="full", **options)
     resumed.load_state(json.loads(json.dumps(whole.state())))
     assert resumed.state() == whole.state()
     steps = range(stop, stop + 60)
@@ -408,15 +410,15 @@ def test_a_random_exposure_is_uniform_and_held() -> None:
         ("lookahead", 1),
         ("num_decisions", 1),
         ("width", 0),
-        ("discount", 0.0),
-        ("discount", 1.1),
-        ("learning_rate", 0.0),
-        ("lowest", 0.0),
-        ("lowest", 1.0),
-        ("highest", 1.0),
+        ("reward_discount", 0.0),
+        ("reward_discount", 1.1),
+        ("controller_lr", 0.0),
+        ("lowest_exposure", 0.0),
+        ("lowest_exposure", 1.0),
+        ("highest_exposure", 1.0),
         ("teacher_share", -0.1),
         ("entropy_penalty", -0.1),
-        ("start", "half"),
+        ("start_exposure", "half"),
         ("memory", 1.0),
     ],
 )

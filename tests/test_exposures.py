@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdistill.exposures import final_answer, last_boxed, reveal, segments
+from diffdistill.errors import UserError
+from diffdistill.exposures import check_answer, final_answer, last_boxed, reveal, segments
+from diffdistill.types import Example
 
 PIECES = [
     "\\boxed{",
@@ -191,3 +193,14 @@ def test_many_open_boxes_take_no_time() -> None:
 def test_an_exposure_outside_of_the_unit_interval_is_refused(exposure: float) -> None:
     with pytest.raises(ValueError, match="exposure"):
         reveal(SOLUTION, exposure)
+
+
+@pytest.mark.parametrize("exposure", [0.0, 0.999])
+def test_a_part_of_a_solution_is_shown_with_a_final_answer_or_not_at_all(exposure: float) -> None:
+    bare = Example("?", solution="It is four.", origin="here:7")
+    with pytest.raises(UserError, match=r"^here:7: there is no final answer to show with a part"):
+        check_answer(bare, exposure)
+    check_answer(bare._replace(answer="4"), exposure)
+    check_answer(bare._replace(solution=SOLUTION), exposure)
+    for share in (None, 1.0):  # nothing, or all of it
+        check_answer(bare, share)

@@ -262,7 +262,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(world: Path) -> None:
     assert pair.context == encoded(family, long)[-len(pair.context) :]
     with pytest.raises(UserError, match="leave no room for a prompt in 16"):
         lm._told(long, 16)
-    assert wrapped(role).max_length == 256
+    assert wrapped(role).max_length == 1024
 
 
 def test_with_chats_a_question_is_put_in_the_template_and_examples_are_turns(

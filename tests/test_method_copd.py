@@ -500,6 +500,9 @@ def test_each_skill_may_have_a_reward_of_its_own(world: Path, tmp_path: Path) ->
     assert judge.parses(["a", ""]).tolist() == [True, False]
     with pytest.raises(UserError, match="of the skills words, sums, and this question is of none"):
         judge.score(["a"], [Example("?")])
+    judge.check(Example("?", skill="words"))  # its length needs no answer
+    with pytest.raises(UserError, match="there is no answer to verify by"):
+        judge.check(Example("?", skill="sums"))
 
 
 @pytest.mark.parametrize(

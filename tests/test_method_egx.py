@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffdistill.draws import Draws
+from diffdistill.errors import UserError
+from diffdistill.exposure_control import random_exposure
 from diffdistill.projection import dense
 from diffdistill.text.atesd import ATESD
 from diffdistill.text.egx import EGX
@@ -15,6 +17,7 @@ from diffdistill.text.exopd import ExOPD
 from diffdistill.text.opd import OPD
 from diffdistill.text.opsd import OPSD
 from diffdistill.text.sdar import SDAR
+from diffdistill.types import Example
 from tests.conftest import START
 from tests.toy_answers import FirstToken, Network, Questions, question_batch
 from tests.toy_texts import only_loss, student_gradients
@@ -226,12 +229,58 @@ def test_the_controllers_numbers_leave_the_student_no_gradient() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (OPSD, {"exposure": 0.5}),
+        (SDAR, {"exposure": 0.5}),
+        (ExOPD, {"exposure": 0.5}),
+        (ATESD, {"exposure_policy": "fixed", "exposure": 0.5}),
+        (ATESD, {"exposure_policy": "random"}),
+        (EGX, {}),
+    ],
+)
+def test_a_question_without_a_final_answer_is_of_no_use_below_a_full_exposure(
+    kind: Any, options: dict[str, Any]
+) -> None:
+    bare = Example("?", solution="It is four.")
+    method = make(kind, **options)
+    with pytest.raises(UserError, match="there is no final answer to show"):
+        method.check_question(bare)
+    method.check_question(bare._replace(answer="4"))
+    whole = {"exposure": 1.0} | ({"exposure_policy": "fixed"} if kind in (ATESD, EGX) else {})
+    make(kind, **whole).check_question(bare)
+
+
 @pytest.mark.parametrize("policy", ["fixed", "random"])
 def test_without_a_controller_nothing_is_watched(policy: str) -> None:
     method = make(ATESD, exposure_policy=policy)
     loss = only_loss(method, question_batch(3))
     assert "probe" not in loss.metrics
     assert len(method.student.calls) == 1 + 5  # one for the loss, the others of the rollout
+
+
+@pytest.mark.parametrize("policy", ["fixed", "random"])
+def test_without_a_controller_its_bounds_are_none(policy: str) -> None:
+    bounds = {"hold": 1, "lookahead": 1, "lowest_exposure": 0.0, "highest_exposure": 1.0}
+    method, other = (make(ATESD, exposure_policy=policy, **bounds) for _ in range(2))
+    drawn = observed(method, 3)
+    assert drawn == observed(make(ATESD, exposure_policy=policy, **bounds | {"lookahead": 9}), 3)
+    assert (len(set(drawn)) == 1) == (policy == "fixed")
+    other.load_state(method.state())
+    assert other.state() == method.state() == {"controller": None, "step": 2}
+    other.load_state(make(ATESD).state())  # of a checkpoint with a controller
+    for wrong in ({"hold": 0}, {"lowest_exposure": 0.5, "highest_exposure": 0.4}):
+        with pytest.raises(ValueError, match="|".join(wrong)):
+            make(ATESD, exposure_policy=policy, **wrong)
+
+
+def test_a_random_exposure_is_drawn_for_each_window_from_the_seed() -> None:
+    drawn = observed(make(ATESD, exposure_policy="random"), 6)
+    expected = [
+        random_exposure(Draws(0), step, hold=5, lowest=0.05, highest=0.999) for step in range(6)
+    ]
+    assert drawn == expected
 
 
 @pytest.mark.parametrize(
@@ -242,6 +291,10 @@ def test_without_a_controller_nothing_is_watched(policy: str) -> None:
         ({"guard": "constant", "guard_size": 2.0}, r"guard_size must be in \(0, 1\)"),
         ({"exposure": 1.5}, r"exposure must be in \[0, 1\]"),
         ({"hold": 1}, "hold must be at least 2"),
+        ({"lowest_exposure": 0.0}, "lowest_exposure must be above 0 and below highest_exposure"),
+        ({"highest_exposure": 1.0}, "highest_exposure must be below 1"),
+        ({"reward_discount": 0.0}, r"reward_discount must be in \(0, 1\]"),
+        ({"controller_lr": 0.0}, "controller_lr must be above 0"),
         ({"reward_weight": 1.0}, "num_answers must be at least 2"),
         ({"gap_form": True, "gate_beta": 0.0}, "gate_beta above 0"),
         ({"discount": 0.5}, "divergence: sampled"),

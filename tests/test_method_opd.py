@@ -76,6 +76,18 @@ def test_a_teacher_that_is_the_student_teaches_nothing(options: dict[str, Any]) 
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("support", ["teacher", "student", "intersection"])
+@pytest.mark.parametrize("correction", ["tail", "hybrid"])
+def test_on_a_few_tokens_it_is_still_told_how_likely_the_answers_are(
+    support: str, correction: str
+) -> None:
+    batch = question_batch(4)
+    method = make(support=support, support_size=3, correction=correction)
+    found, whole = only_loss(method, batch).metrics, only_loss(make(), batch).metrics
+    for name in ("logprob", "sampler_gap"):
+        torch.testing.assert_close(found[name], whole[name])
+
+
 @pytest.mark.parametrize("options", [{}, {"divergence": "sampled"}, {"select": "soft-or"}])
 def test_only_the_student_learns(options: dict[str, Any]) -> None:
     method = make(**options)
@@ -229,6 +241,12 @@ def test_a_clipped_token_keeps_its_direction() -> None:
             {"support": "teacher", "correction": "hybrid", "on_policy_share": 0.5},
             "correction hybrid needs answers of the student's own",
         ),
+        (
+            {"support": "teacher", "correction": "hybrid", "divergence": "forward-kl"},
+            "correction hybrid is for divergence: reverse-kl, not forward-kl",
+        ),
+        ({"divergence": "jsd", "beta": 0.0}, "beta 0 makes .* set divergence: forward-kl, or"),
+        ({"divergence": "jsd", "beta": 1.0}, "beta 1 makes .* set divergence: reverse-kl, or"),
         ({"retention": 0.0}, r"retention must be in \(0, 1\]"),
         ({"top_p": 0.0}, "top_p"),
         ({"on_policy_share": 2.0}, "on_policy_share"),

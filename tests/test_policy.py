@@ -367,6 +367,19 @@ def test_weights_of_what_another_model_sampled_are_ratios_up_to_a_bound() -> Non
         assert torch.equal(same[mask], torch.ones(5))
 
 
+def test_weights_stay_finite_where_the_ratio_does_not() -> None:
+    logprob, mask = torch.full((1, 3), -1.0), torch.ones(1, 3).bool()
+    expected: dict[Importance, tuple[float, float]] = {
+        "token-truncate": (100.0, 2.0),
+        "token-mask": (100.0, 0.0),
+        "sequence-truncate": (40.0, 2.0),
+        "sequence-mask": (40.0, 0.0),
+    }
+    for kind, (gap, value) in expected.items():
+        found = sampler_weights(logprob, logprob - gap, mask, kind, 2.0)
+        assert found.tolist() == [[value] * 3]
+
+
 def test_weights_make_rewards_of_anothers_samples_those_of_the_students_own() -> None:
     logits, other, rewards = (randn(6, seed=seed) for seed in (1, 2, 3))
     p, mu = logits.log_softmax(-1), other.log_softmax(-1)

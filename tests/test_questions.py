@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import GPT2Config
 
 from diffdistill.data.questions import read_questions
 from diffdistill.data.settings import TEACHER_PROMPT, DataSettings
@@ -12,7 +14,7 @@ from diffdistill.data.texts import open_texts
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
-from diffdistill.pipelines.questions import Asking, Questions, filled
+from diffdistill.pipelines.questions import Asking, Questions, context_length, filled
 from diffdistill.projection import dense
 from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Role
@@ -20,6 +22,7 @@ from diffdistill.rollouts import Sampling
 from diffdistill.types import Batch, Example
 from tests.answer_run import ROWS, make_questions, save_answer_world, write_questions
 from tests.conftest import CPU
+from tests.tiny_text import causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,16 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_the_methods_for_it(worl
         UserError, match=r"has another vocabulary than .*\d+ tokens differ.*\(bld, alm, "
     ):
         make_questions(world, "foreign")
+
+
+def test_a_network_takes_as_many_tokens_as_its_settings_say() -> None:
+    network = causal_lm()
+    assert context_length(network) == 1024
+    network.config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    assert context_length(network) is None
+    network.config = GPT2Config(n_positions=77)
+    assert context_length(network) == 77
+    assert context_length(torch.nn.Linear(1, 1)) is None
 
 
 # batches

@@ -250,6 +250,11 @@ def test_a_server_that_is_down_is_in_the_way_of_training_alone(
         ({"support": "full"}, {}, "support: full needs the teacher's whole prediction"),
         ({"support": "student"}, {}, "support: student needs the teacher's whole prediction"),
         ({"temperature": 1.1}, {}, "temperature is 1.1, and a server gives log-probabilities at 1"),
+        (
+            {"off_policy": "teacher", "on_policy_share": 0.5},
+            {},
+            "off_policy: teacher needs a teacher that writes, and a server only judges",
+        ),
         ({"select": "soft-or"}, {}, "select: soft-or needs the teacher's whole prediction"),
         ({"name": "exopd", "support": "full"}, {}, "method exopd needs the teacher's whole"),
         ({"name": "tests.answer_run:Follow"}, {}, "Follow needs the teacher's whole prediction"),

@@ -93,6 +93,23 @@ def test_masked_rows_are_zero_and_may_hold_any_id() -> None:
         torch.testing.assert_close(value[mask], whole[name][mask])
 
 
+@pytest.mark.parametrize("support", get_args(Support))
+def test_the_answers_tokens_are_told_and_change_nothing(support: Support) -> None:
+    logits, teacher = logits_of(0), dense(projection(10))
+    tokens = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    options: dict[str, Any] = {
+        "divergence": "reverse-kl", "support": support, "k": 4, "correction": "tail",
+    }  # fmt: skip
+    plain = truncated_divergence(logits, teacher, **options)
+    found = truncated_divergence(logits, teacher, tokens=tokens, **options)
+    logprob = found.pop("logprob")
+    expected = logits.detach().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(logprob, expected)
+    assert not logprob.requires_grad
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(*(slope(x["divergence"], logits) for x in (found, plain)))
+
+
 def test_the_generalized_gradient_is_that_of_stopped_log_probabilities() -> None:
     logits, teacher = logits_of(0), dense(projection(10))
     p, q = on_support(logits, teacher, 4)

@@ -70,7 +70,7 @@ def save_llava(
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         initializer_range=0.2,
         pad_token_id=1,
         bos_token_id=None,

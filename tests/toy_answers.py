@@ -135,6 +135,9 @@ class FirstToken:
         pairs = zip(answers, examples, strict=True)
         return torch.tensor([float(a[:1] == (e.answer or "")[:1]) for a, e in pairs])
 
+    def check(self, example: Example) -> None:
+        pass
+
     def parsed(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
         return torch.tensor([a[:1] != str(END) for a in answers])
 

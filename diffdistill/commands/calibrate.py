@@ -71,7 +71,7 @@ def calibrate(
     session = open_session(source, checkpoint, overrides)
     subject = subject_of(session, seed=seed)
     method = extrapolating(subject)
-    asked = first_questions(session, max_examples)
+    asked = first_questions(session, max_examples, subject.reward if strengths else None)
     sampling = Sampling(
         min(method.max_tokens, MOST_TOKENS) if max_tokens is None else max_tokens,
         method.temperature if temperature is None else temperature,

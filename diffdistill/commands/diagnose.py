@@ -87,7 +87,7 @@ def diagnose(
     """
     session = open_session(source, checkpoint, overrides)
     subject = subject_of(session, num_answers=num_answers, seed=seed)
-    asked = first_questions(session, max_examples)
+    asked = first_questions(session, max_examples, subject.reward)
     with inference(session):
         found = measured(subject, asked, say)
     measures = found.measures | facts(subject) | trends(logged(Path(source)))

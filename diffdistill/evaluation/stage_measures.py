@@ -44,7 +44,7 @@ def scores(run: Path, measure: MeasureSettings, *, before: bool) -> dict[str, fl
 
 def _score(session: Session, name: str, role: Role, measure: MeasureSettings) -> float:
     reward = build_answer_reward(session.config, session.device)
-    asked = first_questions(session, measure.num_questions)
+    asked = first_questions(session, measure.num_questions, reward)
     found = examine(session, name, role, asked, AnswerEvaluateSettings(), reward)
     metric = f"mean@{measure.num_answers}"
     return next(mean.value for mean in found.averages if mean.metric == metric)

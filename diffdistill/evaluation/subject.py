@@ -1,7 +1,7 @@
 """What is diagnosed: a student, its answers to the first questions, and who judges them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from diffdistill.data.problems import Problem, settle
 from diffdistill.data.questions import read_questions
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
+from diffdistill.pipelines.engines import Generate
 from diffdistill.pipelines.questions import Questions
 from diffdistill.projection import Prediction, prediction_rows, with_rows
 from diffdistill.reward_building import build_answer_reward
@@ -34,7 +35,7 @@ class Subject:
 
     Attributes:
         method: Says how answers are sampled, and at which temperature models are compared.
-        family: Reads the questions.
+        family: Reads the questions; its answers are written by ``generate``.
         teacher: Judges the answers; None where a method has no role of that name.
         reward: Verifies answers; None where the config has none.
         exposure: What the teacher is shown of the reference solution, as in training. Of a learned
@@ -120,6 +121,8 @@ class Subject:
 def subject_of(session: Session, *, num_answers: int | None = None, seed: int = 0) -> Subject:
     """Return what is to be diagnosed of a session.
 
+    Answers are written by ``generate`` whatever the engine of the run, which may be serving it.
+
     Args:
         session: The session.
         num_answers: Answers to each question; None takes the method's.
@@ -134,7 +137,7 @@ def subject_of(session: Session, *, num_answers: int | None = None, seed: int = 
             f"method {session.config.method['name']}: this is for methods whose student answers "
             "questions, such as opd, opsd or exopd"
         )
-    family = questions(session)
+    family = replace(questions(session), engine=Generate())
     reward: AnswerReward | None = getattr(method, "reward", None)
     if reward is None and session.config.rewards:
         reward = build_answer_reward(session.config, family.device)
@@ -152,16 +155,34 @@ def subject_of(session: Session, *, num_answers: int | None = None, seed: int = 
     )
 
 
-def first_questions(session: Session, count: int) -> list[Example]:
+def first_questions(
+    session: Session, count: int, reward: AnswerReward | None = None
+) -> list[Example]:
     """Return the first questions of a session's data that its method can use.
+
+    Args:
+        session: The session.
+        count: How many.
+        reward: What the answers will be verified by; None if they will not be.
 
     Raises:
         UserError: If the data cannot be read, or has none.
     """
     problems, family = list[Problem](), questions(session)
-    uses = session.method.solutions()
+    method = session.method
     found = read_questions(session.config.data, Path(), problems)
-    usable = (example for example in found if family.usable(example, solutions=uses))
+
+    def check(example: Example) -> None:
+        method.check_question(example)
+        if reward is not None:
+            reward.check(example)
+
+    asks: dict[str, Any] = {
+        "solutions": method.solutions(),
+        "check": check,
+        "max_tokens": getattr(method, "max_tokens", 0),
+    }
+    usable = (example for example in found if family.usable(example, **asks))
     asked = list(islice(usable, count))
     settle(problems, session.config.data.on_error)
     family.release()

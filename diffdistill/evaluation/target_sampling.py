@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.choices import invert
+from diffdistill.doubles import doubled
 from diffdistill.errors import UserError
 from diffdistill.evaluation.calibration import extrapolating
 from diffdistill.evaluation.means import Means
@@ -108,7 +109,7 @@ def target_answers(
         (subject.teacher, family.condition(batch, reader="teacher", exposure=subject.exposure)),
         (method.reference, family.condition(batch)),
     ]
-    numbers = uniform(subject.draws, "target", batch["ids"], (sampling.max_tokens,)).double()
+    numbers = uniform(subject.draws, "target", batch["ids"], (sampling.max_tokens,))
     ends = family.student.end_ids
     tokens = torch.zeros(len(asked), 0, dtype=torch.long, device=family.device)
     for place in range(sampling.max_tokens):
@@ -132,4 +133,5 @@ def _chosen(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
     """Return a token of each row ``[B]``: the first at temperature 0, or one at random."""
     if temperature == 0:
         return logits.argmax(-1)
-    return invert(scaled(logits, temperature).double().softmax(-1), numbers)
+    probs = doubled(scaled(logits, temperature)).softmax(-1)
+    return invert(probs, doubled(numbers)).to(logits.device)

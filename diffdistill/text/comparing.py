@@ -42,7 +42,7 @@ class Comparing(Selecting, Ranking):
         importance_clip: Of ``sampled``, and of the sampled part of ``hybrid``: weigh each token by
             the ratio of student to sampler, but by no more than this (5 in G-OPD's code); null
             does not weigh.
-        beta: Of ``jsd``: 0.5 is symmetric; at 0 and at 1 it is 0, and not a KL.
+        beta: Of ``jsd``: 0.5 is symmetric; above 0 and below 1, where it is 0 and not a KL.
         discount: Of ``sampled``: add to each token's reward those of later ones, times this to the
             power of their distance (0 in Thinking Machines; 0.99 in beta-OPSD).
         informed: Of ``sampled``: weigh early disagreements more, by up to 1 plus this (IW-OPD,
@@ -90,6 +90,16 @@ class Comparing(Selecting, Ranking):
         ):
             if not fine:
                 raise ValueError(f"{name} must be {bounds}, not {getattr(self, name)}")
+        if self.divergence == "jsd" and self.beta in (0, 1):
+            raise ValueError(
+                f"beta {self.beta:g} makes divergence jsd 0 everywhere: set divergence: "
+                f"{'reverse-kl' if self.beta else 'forward-kl'}, or a beta between 0 and 1"
+            )
+        if self.hybrid and self.divergence != "reverse-kl":
+            raise ValueError(
+                f"correction hybrid is for divergence: reverse-kl, not {self.divergence}: set "
+                "correction to generalized or tail"
+            )
         entries = self.support == "full" and self.divergence in ("forward-kl", "jsd")
         if self.entry_clip is not None and not entries:
             raise ValueError("entry_clip needs support full, and divergence forward-kl or jsd")

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffdistill.errors import UserError
+from diffdistill.exposures import check_answer
 from diffdistill.rollouts import Solutions
 from diffdistill.supports import TopK
 from diffdistill.text.answering import check_exposure, mean_loss
 from diffdistill.text.extrapolating import Extrapolating
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,15 @@ class ExOPD(Extrapolating):
     def solutions(self) -> Solutions:
         """Return whether the teacher is shown solutions."""
         return "unused" if self.exposure is None else "shown"
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question of whose solution only a part, without an answer, would be shown.
+
+        Raises:
+            UserError: If there is no final answer to show.
+        """
+        super().check_question(example)
+        check_answer(example, self.exposure)
 
     def shown(self, progress: Progress) -> float | None:
         """Return the exposure."""

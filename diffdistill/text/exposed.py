@@ -10,12 +10,13 @@ from torch import Tensor
 from diffdistill.beta_policy import Start
 from diffdistill.divergences import masked_mean
 from diffdistill.exposure_control import ExposureController, random_exposure
+from diffdistill.exposures import check_answer
 from diffdistill.projection import Prediction, token_logprob
 from diffdistill.rollouts import Answers, Solutions
 from diffdistill.supports import top_logprobs
 from diffdistill.text.answering import Attempt, check_exposure
 from diffdistill.text.comparing import Comparing
-from diffdistill.types import Batch, Progress
+from diffdistill.types import Batch, Example, Progress
 
 WATCHED = ("mismatch", "probe", "grounding", "confidence")
 """What the controller learns of a step, besides the loss."""
@@ -61,31 +62,56 @@ class Exposed(Comparing):
     probe: Literal["reference", "reference-gap"] = "reference-gap"
 
     def __post_init__(self) -> None:
-        """Check the options, and start the controller."""
+        """Check the options, and start the controller if the exposure is learned."""
         super().__post_init__()
         check_exposure(self.exposure)
         self._step = 0
-        self._controller = ExposureController(
+        self._controller = self._new_controller() if self.exposure_policy == "learned" else None
+        if self.hold < 1:
+            raise ValueError(f"hold must be at least 1, not {self.hold}")
+        if not 0 <= self.lowest_exposure <= self.highest_exposure <= 1:
+            raise ValueError(
+                "lowest_exposure and highest_exposure must be in [0, 1] and in this order, not "
+                f"{self.lowest_exposure} and {self.highest_exposure}"
+            )
+
+    def _new_controller(self) -> ExposureController:
+        """Return a controller that has seen nothing, which checks its options."""
+        return ExposureController(
             draws=self.draws,
             hold=self.hold,
             lookahead=self.lookahead,
-            discount=self.reward_discount,
+            reward_discount=self.reward_discount,
             num_decisions=self.num_decisions,
-            learning_rate=self.controller_lr,
+            controller_lr=self.controller_lr,
             teacher_share=self.teacher_share,
-            lowest=self.lowest_exposure,
-            highest=self.highest_exposure,
-            start=self.start_exposure,
+            lowest_exposure=self.lowest_exposure,
+            highest_exposure=self.highest_exposure,
+            start_exposure=self.start_exposure,
         )
 
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
         return "shown"
 
+    @property
+    def least_exposure(self) -> float:
+        """The smallest share of a solution that may be shown."""
+        return self.exposure if self.exposure_policy == "fixed" else self.lowest_exposure
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question of whose solution only a part, without an answer, would be shown.
+
+        Raises:
+            UserError: If there is no final answer to show.
+        """
+        super().check_question(example)
+        check_answer(example, self.least_exposure)
+
     def shown(self, progress: Progress) -> float:
         """Return the exposure of a step, the same for all its micro-batches and ranks."""
         self._step = progress.step
-        if self.exposure_policy == "learned":
+        if self._controller is not None:
             return self._controller.exposure(progress)
         if self.exposure_policy == "random":
             return random_exposure(
@@ -109,7 +135,7 @@ class Exposed(Comparing):
             theirs: The teacher's prediction of them.
             exposure: What the teacher was shown.
         """
-        if self.exposure_policy != "learned":
+        if self._controller is None:
             return {}
         mask = attempt.answers.mask
         first, other = (
@@ -138,22 +164,24 @@ class Exposed(Comparing):
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Let the controller learn from a step."""
-        if self.exposure_policy == "learned":
+        if self._controller is not None:
             watched = {name: metrics[f"{name}/student"] for name in WATCHED}
             self._controller.observe(self._step, loss=metrics["loss/student"], **watched)
 
     def state(self) -> dict[str, Any]:
-        """Return the controller's state, and the step that it is at."""
-        return {"controller": self._controller.state(), "step": self._step}
+        """Return the step, and the controller's state; None without one."""
+        controller = None if self._controller is None else self._controller.state()
+        return {"controller": controller, "step": self._step}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state`` returned."""
-        self._controller.load_state(state["controller"])
+        if self._controller is not None and state["controller"] is not None:
+            self._controller.load_state(state["controller"])
         self._step = state["step"]
 
     def told_exposure(self, exposure: float) -> dict[str, float]:
         """Return what to log of the exposure and of what chooses it."""
         told = {"exposure": exposure}
-        if self.exposure_policy == "learned":
+        if self._controller is not None:
             told |= self._controller.metrics()
         return told

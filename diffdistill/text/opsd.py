@@ -7,10 +7,11 @@ question and a share of its reference solution. Their predictions of each token 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffdistill.exposures import check_answer
 from diffdistill.rollouts import Solutions
 from diffdistill.text.answering import check_exposure
 from diffdistill.text.comparing import Comparing, Divergence
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,15 @@ class OPSD(Comparing):
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
         return "shown"
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question of whose solution only a part, without an answer, would be shown.
+
+        Raises:
+            UserError: If there is no final answer to show.
+        """
+        super().check_question(example)
+        check_answer(example, self.exposure)
 
     def shown(self, progress: Progress) -> float:
         """Return the exposure."""

@@ -19,7 +19,7 @@ from diffdistill.policy import (
 )
 from diffdistill.rollouts import Answers
 from diffdistill.text.answering import Answering, Attempt
-from diffdistill.types import Batch, Progress
+from diffdistill.types import Batch, Example, Progress
 from diffdistill.verifying import AnswerReward
 
 
@@ -79,6 +79,16 @@ class Rewarded(Answering):
     def compares(self) -> bool:
         """Whether answers to a question are compared by their rewards."""
         return True
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question whose answers cannot be verified, if they will be.
+
+        Raises:
+            UserError: If it has no answer.
+        """
+        super().check_question(example)
+        if self.compares:
+            self.reward.check(example)
 
     @torch.no_grad()
     def rewards(self, attempt: Attempt) -> Tensor:

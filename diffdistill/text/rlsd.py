@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from diffdistill.exposures import check_answer
 from diffdistill.policy import reweighted_advantages
 from diffdistill.projection import token_logprob
 from diffdistill.rollouts import Solutions
 from diffdistill.text.answering import check_exposure
 from diffdistill.text.held import Held
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,15 @@ class RLSD(Held):
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
         return "shown"
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question of whose solution only a part, without an answer, would be shown.
+
+        Raises:
+            UserError: If there is no final answer to show.
+        """
+        super().check_question(example)
+        check_answer(example, self.exposure)
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss."""

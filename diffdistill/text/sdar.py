@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffdistill.divergences import masked_mean
 from diffdistill.errors import UserError
+from diffdistill.exposures import check_answer
 from diffdistill.gates import sdar_map
 from diffdistill.projection import token_maps
 from diffdistill.rollouts import Solutions
@@ -20,7 +21,7 @@ from diffdistill.supports import TopK
 from diffdistill.text.answering import Attempt, check_exposure
 from diffdistill.text.gated import Gated
 from diffdistill.text.held import Held
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 
 
 @dataclass(kw_only=True)
@@ -55,6 +56,15 @@ class SDAR(Gated, Held):
     def solutions(self) -> Solutions:
         """Return that the teacher is shown solutions."""
         return "shown"
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question of whose solution only a part, without an answer, would be shown.
+
+        Raises:
+            UserError: If there is no final answer to show.
+        """
+        super().check_question(example)
+        check_answer(example, self.exposure)
 
     def shown(self, progress: Progress) -> float:
         """Return the exposure."""

@@ -16,7 +16,7 @@ from diffdistill.projection import Prediction
 from diffdistill.supports import Correction, Support, TopK
 from diffdistill.text.answering import Attempt, mean_loss
 from diffdistill.text.comparing import Comparing, Divergence
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 from diffdistill.verifying import AnswerReward
 
 NOTHING = "-"
@@ -54,6 +54,15 @@ class SDPO(Comparing):
         super().__post_init__()
         if self.num_answers < 2:
             raise ValueError("num_answers must be at least 2: a teacher is shown another answer")
+
+    def check_question(self, example: Example) -> None:
+        """Refuse a question whose answers cannot be verified.
+
+        Raises:
+            UserError: If it has no answer.
+        """
+        super().check_question(example)
+        self.reward.check(example)
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[Loss]:
         """Yield one loss: a mean over the chosen tokens of answers whose teacher was shown one."""
