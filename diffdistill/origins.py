@@ -1,0 +1,114 @@
+"""The entries of a record: where each model and each data set of a run comes from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from diffdistill.data.dataset import resolve
+from diffdistill.data.questions import of_skills
+from diffdistill.family_building import resolve_model
+from diffdistill.pipelines.server import Server
+from diffdistill.provenance.sources import (
+    describe_file,
+    describe_model,
+    describe_source,
+    local_copy,
+)
+from diffdistill.roles import Role
+from diffdistill.session import Session
+
+
+def model_entry(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
+    """Return the entry of a role: by which route it takes part, and what its weights are."""
+    config, settings = session.config, session.config.roles[role.name]
+    entry: dict[str, Any] = {"role": role.name, "route": _route(session, role)}
+    if settings.weights in ("ema", "live"):
+        entry["of"] = settings.of
+        of = session.roles[settings.of]
+        return entry | _weights(session, of, hashed=False)
+    if stated := config.provenance.terms.get(role.name):
+        entry["terms_stated"] = stated
+    if isinstance(role.family, Server):
+        host = urlsplit(role.family.path).hostname
+        return entry | {"id": _served(role.family.model), "source": "server", "host": host}
+    return entry | _weights(session, role, hashed=hashed)
+
+
+def _served(model: str | None) -> str:
+    """Return what a server calls its model; of a path, as vLLM's names are, the last part."""
+    name = model or "unnamed"
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+
+def _weights(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
+    """Return where a role's weights come from; those of a mean from where what it is of began."""
+    config, settings = session.config, session.config.roles[role.name]
+    if settings.weights == "mean":
+        settings = config.roles[session.roles.trained()[0].name]
+    family = settings.family or config.family
+    path = settings.path or family.get("single_file") or family["path"]
+    if not path:
+        return {"id": family["name"], "source": "made", "license": None}
+    revision = None if settings.path else family.get("revision")
+    local = local_copy(resolve_model(path), revision)
+    return describe_model(path, local, revision, hashed=hashed)
+
+
+def _route(session: Session, role: Role) -> str:
+    """Return how a role takes part.
+
+    ``init`` is what the student begins from. A teacher is the student itself, ``live``, as its
+    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training. Others are an
+    ``expert``, which the student is the mean of; ``trained`` beside it from the same weights, as a
+    critic is; another model, ``local`` or from the ``hub`` or ``bundled``; or behind a ``server``.
+    """
+    settings, student = session.config.roles[role.name], session.roles["student"]
+    if role is student:
+        return "init"
+    if settings.weights in ("ema", "live"):
+        return settings.weights
+    if role.trained and student.settings.weights == "mean":
+        return "expert"
+    if isinstance(role.family, Server):
+        return "server"
+    same = (settings.path, settings.family) == (session.config.roles["student"].path, None)
+    if same:
+        return _own_route(role, student)
+    path = settings.path or (settings.family or session.config.family)["path"]
+    return str(describe_model(path, None, None, hashed=False)["source"])
+
+
+def _own_route(role: Role, student: Role) -> str:
+    """Return how a role takes part that begins from the student's own weights."""
+    if role.trained:
+        return "trained"
+    shared = role.network is student.network and student.adapter is not None
+    return "adapter-off" if shared else "copy"
+
+
+def judge_entry(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
+    """Return the entry of a reward: a rule, or a model in files."""
+    name = settings["name"].rpartition("/")[2]
+    path = settings.get("path")
+    if not path:
+        return {"role": "reward", "route": "rule", "id": name, "source": "made", "license": None}
+    local = local_copy(resolve_model(path), None)
+    return {
+        "role": "reward",
+        "route": "judge",
+        "reward": name,
+        **describe_model(path, local, None, hashed=hashed),
+    }
+
+
+def data_entries(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
+    """Return the entry of each data set: of the run's own, or of each of its skills."""
+    data = session.config.data
+    found = []
+    for part in [*of_skills(data).values()] or [data]:
+        if part.path is not None:
+            found.append(describe_file(part.path, resolve(part.path, Path()), hashed=hashed))
+        elif part.source is not None:
+            found.append(describe_source(part.source, part.split, part.files, hashed=hashed))
+    return found
