@@ -6,18 +6,25 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffdistill import catalog
+from diffdistill.authorship import data_authors, writing_models
+from diffdistill.config import RunConfig
 from diffdistill.origins import data_entries, judge_entry, model_entry
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
+from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.provenance.terms import check_stated, enforce, judged
 from diffdistill.runs import versions
 from diffdistill.session import Session
+from diffdistill.tessy_settings import TessySettings
 
 LIBRARIES = {"pictures": "diffusers", "texts": "transformers", "answers": "transformers"}
 PLAIN = re.compile(r"[\w.:+-][\w.:+/-]{0,39}")
@@ -38,28 +45,106 @@ def record_of(
         UserError: If the config states terms of no role, or that are not in the table.
     """
     config, student = session.config, session.roles["student"]
-    check_stated(config.provenance, list(config.roles))
     others = [role for role in session.roles.by_name.values() if role is not student]
     taught = [role for role in others if role.name != "average"]
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "created": created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "tool": {"name": "diffdistill", "version": versions()["diffdistill"], "git": _commit()},
-        "step": None,
-        "student": model_entry(session, student, hashed=hashed),
-        "teachers": [model_entry(session, role, hashed=hashed) for role in taught],
+    begun = model_entry(session, student, hashed=hashed)
+    wrote = [_as_itself(entry, begun) for entry in data_authors(config, hashed=hashed)]
+    teachers = [model_entry(session, role, hashed=hashed) for role in taught]
+    models = {
+        "student": begun,
+        "teachers": [*teachers, *wrote],
         "judges": [judge_entry(reward, hashed=hashed) for reward in config.rewards],
-        "data": data_entries(session, hashed=hashed),
-        "method": _method(session),
-        "environment": _environment(session),
-        "result": {
+    }
+    return _assembled(
+        models,
+        config.provenance,
+        created=created,
+        roles=list(config.roles),
+        data=data_entries(config.data, hashed=hashed),
+        method=_method(config, config.method),
+        environment=_environment(session.device),
+        result={
             "name": config.provenance.name or "student",
             "license": config.provenance.license,
             "library": LIBRARIES[type(session.method).kind()],
             "adapter": student.adapter is not None,
         },
+    )
+
+
+def written_record(
+    config: RunConfig, settings: TessySettings, output: Path, device: torch.device
+) -> dict[str, Any]:
+    """Return the record of data that models wrote by a section ``tessy``.
+
+    Args:
+        config: The config.
+        settings: Its section ``tessy``; ``fit`` is how the predictors were made.
+        output: The data.
+        device: Where it was written.
+
+    Raises:
+        UserError: If the config states terms of no role, or that are not in the table.
+    """
+    asked = config.data
+    if settings.questions is not None:
+        asked = replace(asked, path=settings.questions, source=None, skills=None)
+    return _assembled(
+        writing_models(config, settings, hashed=True, ask=True),
+        config.provenance,
+        roles=list(config.roles),
+        data=data_entries(asked, hashed=True),
+        method=_method(config, {"name": "tessy", "mode": settings.mode}),
+        environment=_environment(device),
+        result={
+            "name": output.name,
+            "license": config.provenance.license,
+            "library": "datasets",
+            "adapter": False,
+        },
+    )
+
+
+def _assembled(
+    models: Mapping[str, Any],
+    settings: ProvenanceSettings,
+    *,
+    created: str | None = None,
+    roles: Sequence[str],
+    **parts: Any,
+) -> dict[str, Any]:
+    """Return a record of its entries, with the terms that are stated and what they ask for.
+
+    Args:
+        models: The student, teachers and judges.
+        settings: What the config says about them.
+        created: When it was made, in UTC; None is now.
+        roles: The roles of the config.
+        parts: Data, method, environment and result.
+    """
+    entries = [models["student"], *models["teachers"], *models["judges"]]
+    check_stated(settings, [*roles, *(entry["role"] for entry in entries)])
+    for entry in entries:
+        if "of" not in entry and (stated := settings.terms.get(entry["role"])):
+            entry["terms_stated"] = stated
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created": created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "tool": {"name": "diffdistill", "version": versions()["diffdistill"], "git": _commit()},
+        "step": None,
+        **models,
+        **parts,
     }
-    return record | judged(record, config.provenance)
+    return record | judged(record, settings)
+
+
+def _as_itself(entry: dict[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of a model that wrote data, with the route ``copy`` if it is the student."""
+    keys = ("id", "source", "revision")
+    same = all(entry.get(key) == student.get(key) for key in keys)
+    hashes = [model.get("weights_sha256") for model in (entry, student)]
+    known = hashes[0] == hashes[1] if all(hashes) else entry["source"] in ("hub", "bundled")
+    return {**entry, "route": "copy"} if same and known else entry
 
 
 def check_provenance(session: Session) -> str | None:
@@ -118,12 +203,11 @@ def exported(
     return new | judged(new, chosen, name)
 
 
-def _method(session: Session) -> dict[str, Any]:
-    config = session.config
-    options = {k: v for k, v in config.method.items() if k != "name" and _is_plain(v)}
+def _method(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any]:
+    options = {k: v for k, v in method.items() if k != "name" and _is_plain(v)}
     canonical = json.dumps(config.to_dict(), sort_keys=True)
     return {
-        "name": config.method["name"],
+        "name": method["name"],
         "options": options,
         "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
     }
@@ -138,12 +222,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float))
 
 
-def _environment(session: Session) -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     return {
         "packages": versions(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": session.device.type,
+        "device": device.type,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

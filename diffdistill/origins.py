@@ -1,12 +1,15 @@
 """The entries of a record: where each model and each data set of a run comes from."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from diffdistill.data.dataset import resolve
 from diffdistill.data.questions import of_skills
+from diffdistill.data.settings import DataSettings
+from diffdistill.errors import UserError
 from diffdistill.family_building import resolve_model
 from diffdistill.pipelines.server import Server
 from diffdistill.provenance.sources import (
@@ -21,24 +24,51 @@ from diffdistill.session import Session
 
 def model_entry(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
     """Return the entry of a role: by which route it takes part, and what its weights are."""
-    config, settings = session.config, session.config.roles[role.name]
+    settings = session.config.roles[role.name]
     entry: dict[str, Any] = {"role": role.name, "route": _route(session, role)}
     if settings.weights in ("ema", "live"):
         entry["of"] = settings.of
         of = session.roles[settings.of]
         return entry | _weights(session, of, hashed=False)
-    if stated := config.provenance.terms.get(role.name):
-        entry["terms_stated"] = stated
     if isinstance(role.family, Server):
-        host = urlsplit(role.family.path).hostname
-        return entry | {"id": _served(role.family.model), "source": "server", "host": host}
+        return entry | server_entry(role.family)
     return entry | _weights(session, role, hashed=hashed)
 
 
-def _served(model: str | None) -> str:
+def server_entry(server: Server, *, ask: bool = False) -> dict[str, Any]:
+    """Return the entry of a model behind a server.
+
+    Args:
+        server: The server.
+        ask: Whether to ask it for the name of its model, where the config does not say it.
+    """
+    host = urlsplit(server.path).hostname
+    name = _served(server, ask=ask)
+    return {"route": "server", "id": name, "source": "server", "host": host}
+
+
+def _served(server: Server, *, ask: bool) -> str:
     """Return what a server calls its model; of a path, as vLLM's names are, the last part."""
-    name = model or "unnamed"
+    name = server.model
+    if name is None and ask:
+        with suppress(UserError):
+            name = server.served
+    name = name or "unnamed"
     return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+
+def place_entry(path: str, revision: str | None, role: str, *, hashed: bool) -> dict[str, Any]:
+    """Return the entry of a model in a folder, on the hub or bundled.
+
+    Args:
+        path: As in the config.
+        revision: Branch, tag or commit that was asked for.
+        role: As what it takes part.
+        hashed: Whether to hash files.
+    """
+    local = local_copy(resolve_model(path), revision)
+    entry = describe_model(path, local, revision, hashed=hashed)
+    return {"role": role, "route": entry["source"], **entry}
 
 
 def _weights(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
@@ -102,9 +132,8 @@ def judge_entry(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
     }
 
 
-def data_entries(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
-    """Return the entry of each data set: of the run's own, or of each of its skills."""
-    data = session.config.data
+def data_entries(data: DataSettings, *, hashed: bool) -> list[dict[str, Any]]:
+    """Return the entry of each data set: of a run's own, or of each of its skills."""
     found = []
     for part in [*of_skills(data).values()] or [data]:
         if part.path is not None:
