@@ -294,6 +294,24 @@ def test_models_without_the_parts_say_what_they_consist_of(world: Path) -> None:
         text.look(network, {})
 
 
+def test_a_column_of_pictures_that_is_named_must_be_there(tmp_path: Path) -> None:
+    rows = [{"img": "0.png", "text": "a?"}, {"text": "b?"}]
+    (tmp_path / "0.png").write_bytes(picture(0))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+
+    def read(column: str) -> tuple[list[int], list[Problem]]:
+        problems: list[Problem] = []
+        settings = DataSettings(path=str(file), image_column=column)
+        found = list(read_questions(settings, Path(), problems))
+        return [len(example.pictures) for example in found], problems
+
+    assert read("image") == ([0, 0], [])  # the default: the column, if there
+    counts, [problem] = read("img")
+    assert counts == [1]
+    assert "there is no 'img' in ['text']" in str(problem)
+
+
 def test_a_batch_without_pictures_cannot_be_switched_but_can_be_answered(world: Path) -> None:
     read, network = reader_of(world), family_of(world).network()
     batch = read.collate(asked(world, image_column=None), range(4))

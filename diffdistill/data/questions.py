@@ -101,9 +101,13 @@ def _question(row: Row, settings: DataSettings) -> list[Example]:
 def _pictures(row: Row, column: str | None) -> tuple[Shown, ...]:
     """Return the pictures in a column: files beside the row's own, or what is in the cell itself.
 
+    A column of another name than the default must be there.
+
     Raises:
         Bad: If one is no picture, or is not there.
     """
+    if column not in (None, DataSettings.image_column, *row.values):
+        raise Bad("missing picture", row.origin, f"there is no {column!r} in {sorted(row.values)}")
     value = row.values.get(column) if column else None
     cells = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(Shown(_picture(cell, row.origin)) for cell in cells)
