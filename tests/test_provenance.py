@@ -123,6 +123,16 @@ def test_an_export_is_judged_by_its_name(world: Path) -> None:
         assert item["status"] == status
 
 
+def test_only_weights_that_the_run_made_are_exported(world: Path, tmp_path: Path) -> None:
+    for role, told in (
+        ("teacher", r"has no weights of its own, they are frozen: export student$"),
+        ("critic", r"no role 'critic' in .*; here: student$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            export(world / "first", tmp_path / "out", role=role)
+        assert not (tmp_path / "out").exists()
+
+
 def test_teachers_are_in_a_key_of_their_own_and_never_base_models(world: Path) -> None:
     record = open_record(world / "first")
     record["student"] |= {"id": "owner/small", "source": "hub", "revision": "a" * 40}
