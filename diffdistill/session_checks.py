@@ -4,12 +4,14 @@ from diffdistill import catalog
 from diffdistill.config import RunConfig
 from diffdistill.errors import UserError
 from diffdistill.method import Kind
+from diffdistill.pipelines.bd3lm import BD3LM
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.mdlm import MDLM
 from diffdistill.pipelines.model_family import ModelFamily
-from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.server import Server
+from diffdistill.pipelines.vlm import VLM
 from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Roles
 from diffdistill.text.comparing import Comparing
@@ -22,6 +24,9 @@ KINDS: dict[Kind, tuple[type, str, str]] = {
     "answers": (CausalLM, "autoregressive language models", "causal-lm"),
 }
 """Of each kind of run: the class of its family, what it is of, and such a family's name."""
+
+SHADOWED = (CausalLM, BD3LM, MDLM)
+"""Families with networks that a shadow can be beside; of the first, not those that see pictures."""
 
 
 def check_kind(config: RunConfig, family: ModelFamily) -> None:
@@ -105,12 +110,13 @@ def check_quantized(config: RunConfig) -> None:
 
 
 def check_shadows(config: RunConfig, family: ModelFamily) -> None:
-    """Refuse a shadow of anything but a causal LM of transformers, and where it is not one role."""
+    """Refuse a shadow of a network that none was tried on."""
+    able = isinstance(family, SHADOWED) and not isinstance(family, VLM)
     for name, role in config.roles.items():
-        if role.adapter == "shadow" and not isinstance(family, NetworkFamily):
+        if role.adapter == "shadow" and not able:
             raise UserError(
-                f"roles.{name}.adapter: shadow is for language models on networks of transformers "
-                f"(causal-lm, bd3lm, mdlm), not for {config.family['name']}: use lora"
+                f"roles.{name}.adapter: shadow is for language models of the families causal-lm, "
+                f"bd3lm and mdlm, not for {config.family['name']}: use lora"
             )
 
 

@@ -23,7 +23,10 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.block_diffusion import project
 from diffdistill.pipelines.block_sampling import BlockSampler, UncachedSampler
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.llada2 import LLaDA2
 from diffdistill.pipelines.prompts import prompt_condition
+from diffdistill.pipelines.vlm import VLM
+from diffdistill.pipelines.wedlm import WeDLM
 from diffdistill.projection import dense, token_logprob, token_maps
 from diffdistill.question_feed import question_batches
 from diffdistill.role_building import build_roles
@@ -31,6 +34,7 @@ from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Role, enable_checkpointing
 from diffdistill.rollouts import Sampling
 from diffdistill.session import build, questions
+from diffdistill.session_checks import check_shadows
 from diffdistill.shadow import ShadowSettings, add_shadow, alone, is_shadow, shadow_of
 from diffdistill.trainer import Trainer
 from diffdistill.types import State
@@ -479,6 +483,11 @@ def test_what_cannot_have_a_shadow_says_so(world: Path, tmp_path: Path) -> None:
     values["roles"]["student"] = {"adapter": "shadow"}
     with pytest.raises(UserError, match="shadow is for language models"):
         build(parse_config(values), CPU)
+    families = (VLM(path="", device=CPU), WeDLM(path="", device=CPU), LLaDA2(path="", device=CPU))
+    for family in families:
+        config = parse_config(answer_values(world, roles={"student": {"adapter": "shadow"}}))
+        with pytest.raises(UserError, match=r"roles\.student\.adapter: shadow is for .*: use lora"):
+            check_shadows(config, family)
     live = {"student": {"adapter": "shadow"}, "teacher": {"weights": "live"}}
     with pytest.raises(UserError, match=r"set roles\.student\.shadow\.dropout to 0"):
         build(parse_config(answer_values(world, roles=live)), CPU)
