@@ -470,12 +470,24 @@ def test_merging_is_refused_before_anything_has_changed(world: Path, tmp_path: P
         ({"adapter": "shadow", "dora": True}, r"dora is for adapter: lora, and it is shadow"),
         ({"adapter": "shadow", "targets": ["x"]}, r"targets is for adapter: lora"),
         ({"adapter": "shadow", "shadow": {"rank": 0}}, r"rank must be at least 1, not 0"),
+        (
+            {"adapter": "shadow", "shadow": {"num_layers": 0}},
+            r"num_layers must be at least 1, not 0",
+        ),
+        ({"adapter": "shadow", "rank": 16}, r"rank is for adapter: lora: set .*\.shadow\.rank$"),
+        ({"adapter": "shadow", "dropout": 0}, r"lora: set .*student\.shadow\.dropout$"),
+        ({"adapter": "shadow", "alpha": 8, "shadow": {"rank": 2}}, r"set .*\.shadow\.strength$"),
         ({"adapter": "shadow", "shadow": {"dropout": 1.0}}, r"dropout must be in \[0, 1\)"),
     ],
 )
 def test_wrong_settings_are_refused(world: Path, student: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(parse_config(answer_values(world, roles={"student": student})), CPU)
+
+
+def test_the_config_of_a_run_with_a_shadow_is_read_again(world: Path) -> None:
+    config = parse_config(answer_values(world, roles={"student": {"adapter": "shadow"}}))
+    assert parse_config(config.to_dict()) == config
 
 
 def test_what_cannot_have_a_shadow_says_so(world: Path, tmp_path: Path) -> None:
