@@ -17,6 +17,7 @@ from diffdistill.roles import Roles
 from diffdistill.text.comparing import Comparing
 from diffdistill.text.exposed import Exposed
 from diffdistill.text.extrapolating import Extrapolating
+from diffdistill.text.switch_kd import SwitchKD
 
 KINDS: dict[Kind, tuple[type, str, str]] = {
     "pictures": (FlowFamily, "images and videos", "flux2-klein"),
@@ -40,8 +41,14 @@ def check_kind(config: RunConfig, family: ModelFamily) -> None:
         )
 
 
-def check_compilable(family: ModelFamily, roles: Roles) -> None:
+def check_compilable(config: RunConfig, family: ModelFamily, roles: Roles) -> None:
     """Refuse to compile what torch cannot, or would compile anew for every block."""
+    cls = catalog.load("method", config.method["name"])
+    if issubclass(cls, SwitchKD) and config.method["switch_weight"]:
+        raise UserError(
+            "train.compile leaves out the hooks by which the switched term reaches the parts of a "
+            "network: set train.compile: false, or method.switch_weight: 0"
+        )
     if any(role.head is not None for role in roles.by_name.values()):
         raise UserError("train.compile cannot be combined with a role's head: true")
     if getattr(family, "positions", None) == "absolute":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffdistill import cli
@@ -18,7 +19,9 @@ from diffdistill.commands.sample_answers import sample_answers
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
+from diffdistill.session import build
 from tests.answer_run import answer_values, save_answer_world, stopped
+from tests.conftest import CPU
 from tests.tiny_vlm import save_seeing_world, seeing_values
 from tests.toy_run import forked, losses
 
@@ -54,6 +57,20 @@ def test_training_changes_encoder_projector_and_language_model(world: Path) -> N
         line = json.loads((world / run / "metrics.jsonl").read_text().splitlines()[0])
         total = sum(line[f"{name}/student"] for name in ("answers", "align", "switch"))
         assert line["loss/student"] == pytest.approx(total, rel=1e-5)
+
+
+def test_networks_that_are_compiled_cannot_be_switched(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    values = seeing_values(world, train={"compile": True})
+    with pytest.raises(UserError, match=r"set train\.compile: false, or method\.switch_weight: 0"):
+        build(parse_config(values), CPU)
+    assert not compiled
+    values["method"]["switch_weight"] = 0
+    build(parse_config(values), CPU)
+    assert compiled
 
 
 def test_a_run_goes_on_exactly(world: Path, tmp_path: Path) -> None:
