@@ -74,6 +74,14 @@ def of_skills(settings: DataSettings) -> dict[str, DataSettings]:
     }
 
 
+def question_key(example: Example) -> str:
+    """Return what tells a question from others: the chat before its answer, and its pictures."""
+    messages = example.messages or ()
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return " ".join(map(str, (messages or example.text, *example.pictures)))
+
+
 def _question(row: Row, settings: DataSettings) -> list[Example]:
     """Return the question of a row.
 
