@@ -31,7 +31,7 @@ def model_entry(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]
         of = session.roles[settings.of]
         return entry | _weights(session, of, hashed=False)
     if isinstance(role.family, Server):
-        return entry | server_entry(role.family)
+        return entry | server_entry(role.family, ask=True)
     return entry | _weights(session, role, hashed=hashed)
 
 

@@ -93,9 +93,9 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     check_evaluate(config)
     _divide(config, distributed)
     session = build(config, distributed.device)
+    check_servers(session)  # before the record, in which a server's own name of its model is
     if open_obligations := check_provenance(session):
         _say(distributed, open_obligations)
-    check_servers(session)
     if (reward := getattr(session.method, "reward", None)) is not None:
         load_rewards(reward)
     feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
