@@ -17,7 +17,7 @@ import torch
 from diffdistill import catalog
 from diffdistill.authorship import data_authors, writing_models
 from diffdistill.config import RunConfig
-from diffdistill.origins import data_entries, judge_entry, model_entry
+from diffdistill.origins import data_entries, judge_entries, model_entry
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
 from diffdistill.provenance.settings import ProvenanceSettings
@@ -50,11 +50,8 @@ def record_of(
     begun = model_entry(session, student, hashed=hashed)
     wrote = [_as_itself(entry, begun) for entry in data_authors(config, hashed=hashed)]
     teachers = [model_entry(session, role, hashed=hashed) for role in taught]
-    models = {
-        "student": begun,
-        "teachers": [*teachers, *wrote],
-        "judges": [judge_entry(reward, hashed=hashed) for reward in config.rewards],
-    }
+    judges = [entry for reward in config.rewards for entry in judge_entries(reward, hashed=hashed)]
+    models = {"student": begun, "teachers": [*teachers, *wrote], "judges": judges}
     return _assembled(
         models,
         config.provenance,
@@ -123,9 +120,9 @@ def _assembled(
         parts: Data, method, environment and result.
     """
     entries = [models["student"], *models["teachers"], *models["judges"]]
-    check_stated(settings, [*roles, *(entry["role"] for entry in entries)])
+    check_stated(settings, [*roles, *map(_stated_as, entries)])
     for entry in entries:
-        if "of" not in entry and (stated := settings.terms.get(entry["role"])):
+        if "of" not in entry and (stated := settings.terms.get(_stated_as(entry))):
             entry["terms_stated"] = stated
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -136,6 +133,12 @@ def _assembled(
         **parts,
     }
     return record | judged(record, settings)
+
+
+def _stated_as(entry: Mapping[str, Any]) -> str:
+    """Return the name by which a config states the terms of a model: of its reward, or its role."""
+    name: str = entry.get("reward", entry["role"])
+    return name
 
 
 def _as_itself(entry: dict[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:

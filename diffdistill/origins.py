@@ -18,6 +18,7 @@ from diffdistill.provenance.sources import (
     describe_source,
     local_copy,
 )
+from diffdistill.provenance.terms import MADE
 from diffdistill.roles import Role
 from diffdistill.session import Session
 
@@ -117,19 +118,25 @@ def _own_route(role: Role, student: Role) -> str:
     return "adapter-off" if shared else "copy"
 
 
-def judge_entry(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
-    """Return the entry of a reward: a rule, or a model in files."""
+def judge_entries(settings: Mapping[str, Any], *, hashed: bool) -> list[dict[str, Any]]:
+    """Return the entries of a reward: of a rule, or of each model in an option ``...path``."""
     name = settings["name"].rpartition("/")[2]
-    path = settings.get("path")
-    if not path:
-        return {"role": "reward", "route": "rule", "id": name, "source": "made", "license": None}
-    local = local_copy(resolve_model(path), None)
-    return {
-        "role": "reward",
-        "route": "judge",
-        "reward": name,
-        **describe_model(path, local, None, hashed=hashed),
-    }
+    told = {"role": "reward", "reward": name}
+    paths = {key: value for key, value in settings.items() if key.endswith("path") and value}
+    found = []
+    for key, path in paths.items():
+        local = local_copy(resolve_model(path), None)
+        if key == "path" or _is_model(local):
+            entry = describe_model(path, local, None, hashed=hashed)
+            found.append({**told, "route": "judge", **entry})
+    return found or [{**told, "route": "rule", "id": name, "source": MADE, "license": None}]
+
+
+def _is_model(local: Path | None) -> bool:
+    """Return whether a place has a model; one that is not on this machine may have."""
+    if local is None or local.suffix == ".safetensors":
+        return True
+    return (local / "config.json").is_file() or any(local.glob("*.safetensors"))
 
 
 def data_entries(data: DataSettings, *, hashed: bool) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ class VLM(CausalLM):
         }
 
     @cached_property
-    def placeholders(self) -> list[int]:  # type: ignore[override] # worked out once
+    def placeholders(self) -> list[int]:
         """Ids of the tokens that stand for pictures, videos and sounds in a prompt.
 
         transformers counts them in whole rows, so an answer must not have any.

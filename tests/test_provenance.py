@@ -18,6 +18,7 @@ from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.lineage import record_of
+from diffdistill.origins import judge_entries
 from diffdistill.provenance import bom, hashing
 from diffdistill.provenance.card import head, model_card
 from diffdistill.provenance.files import dumped, open_record
@@ -361,7 +362,7 @@ def test_the_policy_warn_says_what_is_open(world: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ({"techer": "mit"}, r"no role 'techer', did you mean 'teacher'\?"),
+        ({"techer": "mit"}, r"no role or reward 'techer', did you mean 'teacher'\?"),
         ({"teacher": "lama-3.1"}, r"has no 'lama-3\.1', did you mean 'llama-3\.1'\?"),
     ],
 )
@@ -431,6 +432,25 @@ def test_a_bill_is_cyclonedx_without_asking_the_net(
     [reference] = [r for r in on[bill["metadata"]["component"]["bom-ref"]] if r.startswith("model")]
     [past] = on[reference]
     assert {names[r] for r in on[past]} == {"student", "other", "questions.jsonl"}
+
+
+def test_every_model_of_a_reward_is_recorded_and_its_terms_can_be_stated(world: Path) -> None:
+    reward = {
+        "name": "video-reward",
+        "path": str(world / "other"),
+        "base_path": str(world / "student"),
+        "tokenizer_path": str(world / "cache"),  # no model
+    }
+    found = judge_entries(reward, hashed=False)
+    assert [(m["id"], m["route"], m["reward"]) for m in found] == [
+        ("other", "judge", "video-reward"), ("student", "judge", "video-reward"),
+    ]  # fmt: skip
+    assert judge_entries({"name": "boxed"}, hashed=False)[0]["route"] == "rule"
+    terms = {"terms": {"tests.answer_run:Length": "mit"}}
+    rewards = [{"name": "tests.answer_run:Length"}]
+    method = {"name": "tests.answer_run:Judged"}
+    record = made(world, method=method, rewards=rewards, provenance=terms)
+    assert record["judges"][0]["terms_stated"] == "mit"
 
 
 def test_a_bill_tells_the_role_of_each_judge_of_several(

@@ -75,17 +75,21 @@ def table() -> Table:
     return Table(content["version"], content["compiled"], entries)
 
 
-def check_stated(settings: ProvenanceSettings, roles: Sequence[str]) -> None:
-    """Refuse terms that are stated of no role, or are not in the table.
+def check_stated(settings: ProvenanceSettings, named: Sequence[str]) -> None:
+    """Refuse terms that are stated of no role or reward, or are not in the table.
+
+    Args:
+        settings: What the config says.
+        named: Its roles and rewards.
 
     Raises:
         UserError: If there are such.
     """
     for role, name in settings.terms.items():
-        if role not in roles:
-            known = dict.fromkeys(roles)
+        if role not in named:
+            known = dict.fromkeys(named)
             raise UserError(
-                f"provenance.terms: no role {role!r}{catalog.near(role, known)}; "
+                f"provenance.terms: no role or reward {role!r}{catalog.near(role, known)}; "
                 f"{catalog.listing(known)}"
             )
         if name not in table().entries:
