@@ -30,6 +30,7 @@ from tests.answer_run import answer_values, save_answer_world
 from tests.conftest import CPU
 from tests.toy_run import make_data, toy_values
 
+R1 = "DeepSeek-R1-Distill"
 LORA = {"adapter": "lora", "rank": 2, "alpha": 4}
 
 
@@ -234,7 +235,7 @@ def test_a_server_is_recorded_by_host_and_model_without_its_key_or_address(
         "role": "teacher", "route": "server", "id": "some-model", "source": "server",
         "host": "api.openai.com",
     }  # fmt: skip
-    assert terms_of(entry) == "openai-api"
+    assert terms_of(entry) == ["openai-api"]
     assert "openai-api/competing" in {o["id"] for o in record["obligations"]}
     assert "secret" not in dumped(record)
 
@@ -287,12 +288,23 @@ def model(**entry: Any) -> dict[str, Any]:
         ({"host": "api.example.com", "id": "Qwen/Qwen3-8B"}, None),
         ({"host": "10.0.0.7", "id": "Qwen/Qwen3-8B"}, "apache-2.0"),
         ({"host": "localhost", "id": "Qwen/Qwen3-8B"}, "apache-2.0"),
+        ({"id": f"deepseek-ai/{R1}-Llama-70B", "license": {"license": "mit"}}, "mit llama-3.3"),
+        ({"id": f"deepseek-ai/{R1}-Llama-8B"}, "mit llama-3.1"),
+        ({"id": f"{R1}-Qwen-32B", "license": {"license": "mit"}}, "mit apache-2.0"),
+        ({"id": f"{R1}-Llama-70B", "host": "localhost"}, "mit llama-3.3"),
+        ({"id": f"{R1}-Llama-70B", "host": "api.example.com"}, None),
+        ({"id": f"{R1}-Llama-70B", "terms_stated": "mit"}, "mit"),
         ({"license": {"license": "made-up"}}, None),
         ({"license": {"license": "other"}}, None),
     ],
 )  # fmt: skip
 def test_terms_are_found_by_statement_host_license_or_id(entry: Any, terms: str | None) -> None:
-    assert terms_of(model(**entry)) == terms
+    assert terms_of(model(**entry)) == ([] if terms is None else terms.split())
+
+
+def test_a_model_that_was_tuned_from_a_llama_asks_for_what_a_llama_does() -> None:
+    teacher = model(id=f"deepseek-ai/{R1}-Llama-70B", license={"license": "mit"})
+    assert judged(teacher) == {"llama-3.3/name": "open"}
 
 
 def judged(teacher: dict[str, Any], **settings: Any) -> dict[str, str]:

@@ -101,7 +101,7 @@ def _model(
     made = model["source"] == MADE
     told = {key: model.get(key) for key in ("source", "revision", "host")}
     told |= {f"sha256:{name}": value for name, value in (model.get("weights_sha256") or {}).items()}
-    told["terms"] = None if made else terms_of(model) or "unknown"
+    told["terms"] = None if made else ", ".join(terms_of(model)) or "unknown"
     if ref not in components:
         components[ref] = {
             "type": "application" if made else "machine-learning-model",

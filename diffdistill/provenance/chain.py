@@ -59,7 +59,8 @@ def _line(model: Mapping[str, Any]) -> str:
         told.append(model["revision"][:12])
     for value in list((model.get("weights_sha256") or {}).values())[:1]:
         told.append(f"sha256 {value[:12]}")
-    told.append(f"license {license_of(model) or 'unknown'}, terms {terms_of(model) or 'unknown'}")
+    terms = " and ".join(terms_of(model)) or "unknown"
+    told.append(f"license {license_of(model) or 'unknown'}, terms {terms}")
     return f"{model['role']} {model['id']} ({', '.join(told)})"
 
 
