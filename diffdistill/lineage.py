@@ -21,7 +21,7 @@ from diffdistill.origins import data_entries, judge_entries, model_entry
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
 from diffdistill.provenance.settings import ProvenanceSettings
-from diffdistill.provenance.terms import check_stated, enforce, judged
+from diffdistill.provenance.terms import MADE, SELF, check_stated, enforce, judged
 from diffdistill.runs import versions
 from diffdistill.session import Session
 from diffdistill.tessy_settings import TessySettings
@@ -150,19 +150,64 @@ def _as_itself(entry: dict[str, Any], student: Mapping[str, Any]) -> dict[str, A
     return {**entry, "route": "copy"} if same and known else entry
 
 
-def check_provenance(session: Session) -> str | None:
+def check_provenance(session: Session, before: Mapping[str, Any] | None = None) -> str | None:
     """Return what to say about the open obligations of a run; None where there are none.
+
+    Args:
+        session: The built run.
+        before: The record of the run that goes on.
 
     Raises:
         UserError: If there are, and the config's policy is ``error``.
     """
-    return enforce(record_of(session, hashed=False), session.config.provenance)
+    settings = session.config.provenance
+    record = record_of(session, hashed=False)
+    return enforce(_after(record, [before] if before else [], settings), settings)
 
 
-def run_record(session: Session, output: Path) -> dict[str, Any]:
-    """Return the record of a run in its folder; one that goes on keeps the time of its start."""
+def run_record(session: Session, output: Path, resumed: Path | None = None) -> dict[str, Any]:
+    """Return the record of a run in its folder; one that goes on keeps the time of its start.
+
+    Where its models or its data were others before, those are told too, as ``earlier``.
+
+    Args:
+        session: The built run.
+        output: Its folder.
+        resumed: The checkpoint that it goes on from; None where it begins.
+    """
     before = read_record(output)
-    return record_of(session, created=None if before is None else before["created"])
+    record = record_of(session, created=None if before is None else before["created"])
+    found = [] if resumed is None else [read_record(resumed), before]
+    return _after(record, [past for past in found if past], session.config.provenance)
+
+
+def _after(
+    record: dict[str, Any], past: Sequence[Mapping[str, Any]], settings: ProvenanceSettings
+) -> dict[str, Any]:
+    """Return a record with what is in past ones of the run and not in it."""
+    now, left = _entries(record), list[dict[str, Any]]()
+    for entry in (entry for before in past for entry in _entries(before)):
+        own = entry["source"] == MADE or entry.get("route") in SELF
+        if not own and not any(_is_same(entry, other) for other in [*now, *left]):
+            left.append(entry)
+    if not left:
+        return record
+    found = {**record, "earlier": left}
+    return found | judged(found, settings)
+
+
+def _entries(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of all models of a record, and of its data with the role ``data``."""
+    data = [{"role": "data", **entry} for entry in record["data"]]
+    models = [record["student"], *record["teachers"], *record["judges"]]
+    return [*models, *data, *record.get("earlier", [])]
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two entries are of the same model or data, as far as both have hashes."""
+    named = all(one.get(k) == other.get(k) for k in ("id", "source", "revision", "host", "split"))
+    hashes = ((one.get(k), other.get(k)) for k in ("weights_sha256", "sha256", "files"))
+    return named and all(a == b for a, b in hashes if a and b)
 
 
 def at_step(record: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from diffdistill.provenance.card import head, model_card
 from diffdistill.provenance.files import dumped, open_record
 from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.provenance.sources import describe_model, describe_source
-from diffdistill.provenance.terms import enforce, models_of, obligations, table, terms_of
+from diffdistill.provenance.terms import enforce, models_of, obligations, table, terms_of, unmet
 from diffdistill.session import build
 from tests.answer_run import answer_values, save_answer_world
 from tests.conftest import CPU
@@ -238,6 +238,44 @@ def test_a_server_is_recorded_by_host_and_model_without_its_key_or_address(
     assert terms_of(entry) == ["openai-api"]
     assert "openai-api/competing" in {o["id"] for o in record["obligations"]}
     assert "secret" not in dumped(record)
+
+
+def test_a_run_that_goes_on_with_other_models_and_data_tells_of_the_earlier_ones(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = {"student": LORA, "teacher": {"path": str(world / "other")}}
+    for steps, teacher, data in ((1, "other", "a"), (2, "student", "b"), (3, "student", "b")):
+        shutil.copy(world / "questions.jsonl", tmp_path / f"{data}.jsonl")
+        roles["teacher"] = {"path": str(world / teacher)}
+        data_path = {"path": str(tmp_path / f"{data}.jsonl")}
+        values = answer_values(world, roles=roles, data=data_path, train={"steps": steps})
+        train(parse_config(values), tmp_path / "run", resume="latest")
+        record = open_record(tmp_path / "run")
+        assert ("earlier" in record) == (steps > 1)
+    assert [(e["role"], e["id"]) for e in record["earlier"]] == [
+        ("teacher", "other"), ("data", "a.jsonl"),
+    ]  # fmt: skip
+    assert open_record(tmp_path / "run/checkpoints/step-000003")["earlier"] == record["earlier"]
+    assert "llama-3.1/name" in unmet(record)
+    told = provenance(tmp_path / "run")
+    assert "earlier teacher other (local" in told
+    assert "earlier data a.jsonl" in told
+    assert "other" in {teacher["id"] for teacher in head(record).to_dict()["teacher_models"]}
+    assert "| teacher (earlier) | other |" in model_card(record)
+    monkeypatch.setattr(bom, "_check", lambda text: None)  # slow, and of another test
+    names = {part["name"] for part in json.loads(bom.bill(record))["components"]}
+    assert {"other", "a.jsonl", "b.jsonl"} <= names
+    values["provenance"] = {"policy": "error"}
+    values["train"]["steps"] = 4
+    with pytest.raises(UserError, match=r"open obligations: llama-3\.1/name"):
+        train(parse_config(values), tmp_path / "run", resume="latest")
+
+    other_folder = str(tmp_path / "run/checkpoints/step-000001")
+    del values["provenance"]
+    train(parse_config(values), tmp_path / "moved", resume=other_folder)
+    assert ("teacher", "other") in {
+        (entry["role"], entry["id"]) for entry in open_record(tmp_path / "moved")["earlier"]
+    }
 
 
 def test_a_record_holds_no_prompt_and_no_place_of_this_machine(world: Path) -> None:

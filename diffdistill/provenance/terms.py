@@ -153,11 +153,23 @@ def models_of(record: Mapping[str, Any]) -> list[Used]:
     return list(_used(record, "weights", 0))
 
 
+def earlier_models(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the models that a run had before it went on with others."""
+    return [entry for entry in record.get("earlier", []) if entry["role"] != "data"]
+
+
+def earlier_data(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the data that a run had before it went on with other data."""
+    return [entry for entry in record.get("earlier", []) if entry["role"] == "data"]
+
+
 def _used(
     record: Mapping[str, Any], of: Literal["weights", "outputs"], hops: int
 ) -> Iterator[Used]:
     others = [m for m in record["teachers"] + record["judges"] if m.get("route") not in SELF]
+    before = earlier_models(record)
     own = [Used(record["student"], of, hops), *(Used(m, "outputs", hops) for m in others)]
+    own += [Used(m, of if m["role"] == "student" else "outputs", hops) for m in before]
     yield from (used for used in own if used.model["source"] != MADE)
     for used in own:
         if "upstream" in used.model:
