@@ -17,9 +17,10 @@ import torch
 from diffdistill import catalog
 from diffdistill.authorship import data_authors, writing_models
 from diffdistill.config import RunConfig
-from diffdistill.origins import data_entries, judge_entries, model_entry
+from diffdistill.origins import data_entries, judge_entries, model_entry, place_entry
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
+from diffdistill.provenance.hashing import weights_sha256
 from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.provenance.terms import MADE, SELF, check_stated, enforce, judged
 from diffdistill.runs import versions
@@ -98,6 +99,35 @@ def written_record(
             "license": config.provenance.license,
             "library": "datasets",
             "adapter": False,
+        },
+    )
+
+
+def converted_record(
+    model: str, output: Path, options: Mapping[str, str | None], revision: str | None
+) -> dict[str, Any]:
+    """Return the record of a converted model, which is one step away from what it was.
+
+    Args:
+        model: A folder, a hub id, or bundled:NAME.
+        output: The folder of the converted model.
+        options: How it was converted.
+        revision: Branch, tag or commit on the hub.
+    """
+    source = place_entry(model, revision, "student", hashed=True)
+    return _assembled(
+        {"student": {**source, "route": "init"}, "teachers": [], "judges": []},
+        ProvenanceSettings(),
+        roles=[],
+        data=[],
+        method={"name": "convert", "options": dict(options), "config_sha256": _sha256(options)},
+        environment=_environment(torch.device("cpu")),
+        result={
+            "name": output.name,
+            "license": None,
+            "library": "transformers",
+            "adapter": False,
+            "weights_sha256": weights_sha256(output),
         },
     )
 
@@ -253,12 +283,15 @@ def exported(
 
 def _method(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any]:
     options = {k: v for k, v in method.items() if k != "name" and _is_plain(v)}
-    canonical = json.dumps(config.to_dict(), sort_keys=True)
     return {
         "name": method["name"],
         "options": options,
-        "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "config_sha256": _sha256(config.to_dict()),
     }
+
+
+def _sha256(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _is_plain(value: Any) -> bool:

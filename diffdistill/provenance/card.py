@@ -54,7 +54,7 @@ def _body(record: Mapping[str, Any]) -> str:
     result, method = record["result"], record["method"]
     parts = [
         f"# {result['name']}",
-        f"Trained by diffdistill {record['tool']['version']} with the method `{method['name']}`"
+        f"Made by diffdistill {record['tool']['version']} with the method `{method['name']}`"
         + ("." if record["step"] is None else f", {record['step']} steps."),
         "## Distillation provenance",
         _table(("role", "model", "route", "revision", "license"), _models(record)),
