@@ -18,8 +18,8 @@ from diffdistill.provenance.files import beside_file, past_record
 from diffdistill.provenance.terms import MADE
 from diffdistill.tessy_settings import FitSettings, Mode, TessySettings
 
-WRITTEN = "rollouts"
-"""The role of a model that wrote answers which are learned."""
+WRITTEN, ANNOTATOR, BOUNDARIES = AUTHOR_ROLES = ("rollouts", "annotator", "boundaries")
+"""Roles of models that wrote answers, said for boundary predictors what is style, became these."""
 TOGETHER: tuple[Mode, ...] = ("tessy", "tessy-teacher-answer")
 """Modes in which boundary predictors have a say."""
 
@@ -91,8 +91,8 @@ def writing_models(
         teachers.append(family_entry(settings.teacher, WRITTEN, hashed=hashed, ask=ask))
     if settings.mode in TOGETHER:
         if fit.annotator == "model" and fit.model:
-            teachers.append(family_entry(fit.model, "annotator", hashed=hashed, ask=ask))
-        judges.append(place_entry(fit.base, None, "boundaries", hashed=hashed))
+            teachers.append(family_entry(fit.model, ANNOTATOR, hashed=hashed, ask=ask))
+        judges.append(place_entry(fit.base, None, BOUNDARIES, hashed=hashed))
     student = family_entry(config.family, "student", path=path, hashed=hashed)
     return {"student": {**student, "route": "init"}, "teachers": teachers, "judges": judges}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from diffdistill import catalog
-from diffdistill.authorship import data_authors, writing_models
+from diffdistill.authorship import AUTHOR_ROLES, data_authors, writing_models
 from diffdistill.config import RunConfig
 from diffdistill.origins import data_entries, judge_entries, model_entry, place_entry
 from diffdistill.provenance.card import model_card
@@ -57,7 +57,7 @@ def record_of(
         models,
         config.provenance,
         created=created,
-        roles=list(config.roles),
+        named=_named_in(config),
         data=data_entries(config.data, hashed=hashed),
         method=_method(config, config.method),
         environment=_environment(session.device),
@@ -90,7 +90,7 @@ def written_record(
     return _assembled(
         writing_models(config, settings, hashed=True, ask=True),
         config.provenance,
-        roles=list(config.roles),
+        named=_named_in(config),
         data=data_entries(asked, hashed=True),
         method=_method(config, {"name": "tessy", "mode": settings.mode}),
         environment=_environment(device),
@@ -118,7 +118,6 @@ def converted_record(
     return _assembled(
         {"student": {**source, "route": "init"}, "teachers": [], "judges": []},
         ProvenanceSettings(),
-        roles=[],
         data=[],
         method={"name": "convert", "options": dict(options), "config_sha256": _sha256(options)},
         environment=_environment(torch.device("cpu")),
@@ -137,7 +136,7 @@ def _assembled(
     settings: ProvenanceSettings,
     *,
     created: str | None = None,
-    roles: Sequence[str],
+    named: Sequence[str] = (),
     **parts: Any,
 ) -> dict[str, Any]:
     """Return a record of its entries, with the terms that are stated and what they ask for.
@@ -146,11 +145,11 @@ def _assembled(
         models: The student, teachers and judges.
         settings: What the config says about them.
         created: When it was made, in UTC; None is now.
-        roles: The roles of the config.
+        named: Roles and rewards of the config, of which terms may be stated.
         parts: Data, method, environment and result.
     """
     entries = [models["student"], *models["teachers"], *models["judges"]]
-    check_stated(settings, [*roles, *map(_stated_as, entries)])
+    check_stated(settings, [*named, *map(_stated_as, entries)])
     for entry in entries:
         if "of" not in entry and (stated := settings.terms.get(_stated_as(entry))):
             entry["terms_stated"] = stated
@@ -163,6 +162,12 @@ def _assembled(
         **parts,
     }
     return record | judged(record, settings)
+
+
+def _named_in(config: RunConfig) -> list[str]:
+    """Return the names by which a config may state the terms of a model."""
+    rewards = [reward["name"].rpartition("/")[2] for reward in config.rewards]
+    return [*config.roles, *rewards, *([] if config.tessy is None else AUTHOR_ROLES)]
 
 
 def _stated_as(entry: Mapping[str, Any]) -> str:

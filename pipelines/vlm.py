@@ -145,7 +145,7 @@ class VLM(CausalLM):
         names = [f"{kind}_token_{key}" for kind in kinds for key in ("id", "index")]
         found = [config.get(name) for name in names]
         found += [getattr(self.processor, name, None) for name in names]
-        return sorted({token for token in found if isinstance(token, int)})
+        return sorted({t for t in found if isinstance(t, int) and 0 <= t < self.words})
 
     # what roles ask
 

@@ -667,6 +667,7 @@ def test_the_section_of_a_config_names_teacher_annotator_and_predictors(world: P
     values["tessy"]["teacher"] = served
     values["tessy"]["fit"] |= {"annotator": "model", "model": {**served, "model": "Qwen/Qwen3-x"}}
     values["data"]["path"] = str(world / "questions.jsonl")
+    values["provenance"] = {"terms": {"annotator": "mit", "tests.answer_run:Length": "mit"}}
     for mode, named in (
         ("tessy", ["rollouts", "annotator", "boundaries"]),
         ("mix", ["rollouts"]),
