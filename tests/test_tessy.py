@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffdistill import cli
+from diffdistill.authorship import data_authors
 from diffdistill.commands import tessy
 from diffdistill.commands.train import train
 from diffdistill.config import load_config, parse_config
@@ -647,6 +648,11 @@ def test_written_data_names_its_models_to_what_learns_it(
         ("boundaries", "student", "copy"),
     ]
     assert "llama-3.3/name" in unmet(learned)
+    for place in ({"path": str(tmp_path)}, {"source": "json", "files": [str(file)]}):
+        config = parse_config(values | {"data": place})
+        assert [m["id"] for m in data_authors(config, hashed=False)] == [
+            "student", "teacher", "student",
+        ]  # fmt: skip
     with pytest.raises(UserError, match=r"open obligations: llama-3\.3/name"):
         check_provenance(build(parse_config(values | {"provenance": {"policy": "error"}}), CPU))
     stated = {"terms": {"rollouts": "mit"}}
