@@ -30,7 +30,7 @@ from diffdistill.pipelines.wedlm import WeDLM
 from diffdistill.projection import dense, token_logprob, token_maps
 from diffdistill.question_feed import question_batches
 from diffdistill.role_building import build_roles
-from diffdistill.role_settings import RoleSettings
+from diffdistill.role_settings import RoleSettings, check_roles
 from diffdistill.roles import Role, enable_checkpointing
 from diffdistill.rollouts import Sampling
 from diffdistill.session import build, questions
@@ -470,10 +470,6 @@ def test_merging_is_refused_before_anything_has_changed(world: Path, tmp_path: P
         ({"adapter": "shadow", "dora": True}, r"dora is for adapter: lora, and it is shadow"),
         ({"adapter": "shadow", "targets": ["x"]}, r"targets is for adapter: lora"),
         ({"adapter": "shadow", "shadow": {"rank": 0}}, r"rank must be at least 1, not 0"),
-        (
-            {"adapter": "shadow", "shadow": {"num_layers": 0}},
-            r"num_layers must be at least 1, not 0",
-        ),
         ({"adapter": "shadow", "rank": 16}, r"rank is for adapter: lora: set .*\.shadow\.rank$"),
         ({"adapter": "shadow", "dropout": 0}, r"lora: set .*student\.shadow\.dropout$"),
         ({"adapter": "shadow", "alpha": 8, "shadow": {"rank": 2}}, r"set .*\.shadow\.strength$"),
@@ -483,6 +479,13 @@ def test_merging_is_refused_before_anything_has_changed(world: Path, tmp_path: P
 def test_wrong_settings_are_refused(world: Path, student: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(parse_config(answer_values(world, roles={"student": student})), CPU)
+
+
+def test_a_shadow_has_blocks() -> None:
+    with pytest.raises(UserError, match=r"student\.shadow\.num_layers must be at least 1, not 0"):
+        check_roles(
+            {"student": RoleSettings(adapter="shadow", shadow=ShadowSettings(num_layers=0))}
+        )
 
 
 def test_the_config_of_a_run_with_a_shadow_is_read_again(world: Path) -> None:
