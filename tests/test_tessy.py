@@ -649,8 +649,8 @@ def test_written_data_names_its_models_to_what_learns_it(
     ]
     assert "llama-3.3/name" in unmet(learned)
     for place in ({"path": str(tmp_path)}, {"source": "json", "files": [str(file)]}):
-        config = parse_config(values | {"data": place})
-        assert [m["id"] for m in data_authors(config, hashed=False)] == [
+        other = parse_config(values | {"data": place})
+        assert [m["id"] for m in data_authors(other, hashed=False)] == [
             "student", "teacher", "student",
         ]  # fmt: skip
     with pytest.raises(UserError, match=r"open obligations: llama-3\.3/name"):
