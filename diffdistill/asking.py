@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffdistill.answering import ANSWERS_PER_PROMPT, Draft, Prompt
 from diffdistill.data.problems import Problem, settle
-from diffdistill.data.questions import Shown, read_questions
+from diffdistill.data.questions import Shown, question_key, read_questions
 from diffdistill.data.records import PictureFile
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
@@ -37,7 +37,7 @@ def questions_of(session: Session) -> list[Example]:
     problems = list[Problem]()
     examples = read_questions(session.config.data, Path(), problems)
     distinct: Mapping[str, Example] = {
-        str(example.messages): example for example in islice(examples, 4 * settings.num_prompts)
+        question_key(example): example for example in islice(examples, 4 * settings.num_prompts)
     }  # some may be the same
     settle(problems, session.config.data.on_error)
     if not distinct:

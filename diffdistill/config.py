@@ -290,10 +290,28 @@ def _roles(
         values = {**default, **section_of(given.get(name), where)}
         if values.get("family") is not None:
             values["family"] = _named(values, "family", where)
+        if values.get("adapter") == "shadow":
+            _check_of_lora(values, where)
         if values.get("adapter") == "shadow" or values.get("shadow") is not None:
             values["shadow"] = parse(ShadowSettings, values.get("shadow"), f"{where}.shadow")
         roles[name] = parse(RoleSettings, values, where)
     return roles
+
+
+OF_LORA = {"rank": "rank", "alpha": "strength", "dropout": "dropout"}
+"""Options of a LoRA, and what a shadow has instead."""
+
+
+def _check_of_lora(values: Mapping[str, Any], where: str) -> None:
+    """Refuse options of a LoRA beside a shadow, which would have no say.
+
+    The file of a run names all options, and there those of a LoRA are as by default.
+    """
+    given = [name for name in OF_LORA if name in values]
+    changed = [name for name in given if values[name] != getattr(RoleSettings, name)]
+    if changed or len(given) not in (0, len(OF_LORA)):
+        name = (changed or given)[0]
+        raise UserError(f"{where}.{name} is for adapter: lora: set {where}.shadow.{OF_LORA[name]}")
 
 
 def _named(

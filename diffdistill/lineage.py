@@ -6,29 +6,26 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import torch
 
 from diffdistill import catalog
-from diffdistill.data.dataset import resolve
-from diffdistill.data.questions import of_skills
-from diffdistill.family_building import resolve_model
-from diffdistill.pipelines.server import Server
+from diffdistill.authorship import AUTHOR_ROLES, data_authors, writing_models
+from diffdistill.config import RunConfig
+from diffdistill.origins import data_entries, judge_entries, model_entry, place_entry
 from diffdistill.provenance.card import model_card
 from diffdistill.provenance.files import CARD, RECORD, SCHEMA_VERSION, dumped, read_record
-from diffdistill.provenance.sources import (
-    describe_file,
-    describe_model,
-    describe_source,
-    local_copy,
-)
-from diffdistill.provenance.terms import check_stated, enforce, judged
-from diffdistill.roles import Role
+from diffdistill.provenance.hashing import weights_sha256
+from diffdistill.provenance.settings import ProvenanceSettings
+from diffdistill.provenance.terms import MADE, SELF, check_stated, enforce, judged
 from diffdistill.runs import versions
 from diffdistill.session import Session
+from diffdistill.tessy_settings import TessySettings
 
 LIBRARIES = {"pictures": "diffusers", "texts": "transformers", "answers": "transformers"}
 PLAIN = re.compile(r"[\w.:+-][\w.:+/-]{0,39}")
@@ -49,43 +46,203 @@ def record_of(
         UserError: If the config states terms of no role, or that are not in the table.
     """
     config, student = session.config, session.roles["student"]
-    check_stated(config.provenance, list(config.roles))
     others = [role for role in session.roles.by_name.values() if role is not student]
     taught = [role for role in others if role.name != "average"]
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "created": created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "tool": {"name": "diffdistill", "version": versions()["diffdistill"], "git": _commit()},
-        "step": None,
-        "student": _model(session, student, hashed=hashed),
-        "teachers": [_model(session, role, hashed=hashed) for role in taught],
-        "judges": [_judge(reward, hashed=hashed) for reward in config.rewards],
-        "data": _data(session, hashed=hashed),
-        "method": _method(session),
-        "environment": _environment(session),
-        "result": {
+    begun = model_entry(session, student, hashed=hashed)
+    wrote = [_as_itself(entry, begun) for entry in data_authors(config, hashed=hashed)]
+    teachers = [model_entry(session, role, hashed=hashed) for role in taught]
+    judges = [entry for reward in config.rewards for entry in judge_entries(reward, hashed=hashed)]
+    models = {"student": begun, "teachers": [*teachers, *wrote], "judges": judges}
+    return _assembled(
+        models,
+        config.provenance,
+        created=created,
+        named=_named_in(config),
+        data=data_entries(config.data, hashed=hashed),
+        method=_method(config, config.method),
+        environment=_environment(session.device),
+        result={
             "name": config.provenance.name or "student",
             "license": config.provenance.license,
             "library": LIBRARIES[type(session.method).kind()],
             "adapter": student.adapter is not None,
         },
+    )
+
+
+def written_record(
+    config: RunConfig, settings: TessySettings, output: Path, device: torch.device
+) -> dict[str, Any]:
+    """Return the record of data that models wrote by a section ``tessy``.
+
+    Args:
+        config: The config.
+        settings: Its section ``tessy``; ``fit`` is how the predictors were made.
+        output: The data.
+        device: Where it was written.
+
+    Raises:
+        UserError: If the config states terms of no role, or that are not in the table.
+    """
+    asked = config.data
+    if settings.questions is not None:
+        asked = replace(asked, path=settings.questions, source=None, skills=None)
+    return _assembled(
+        writing_models(config, settings, hashed=True, ask=True),
+        config.provenance,
+        named=_named_in(config),
+        data=data_entries(asked, hashed=True),
+        method=_method(config, {"name": "tessy", "mode": settings.mode}),
+        environment=_environment(device),
+        result={
+            "name": output.name,
+            "license": config.provenance.license,
+            "library": "datasets",
+            "adapter": False,
+        },
+    )
+
+
+def converted_record(
+    model: str, output: Path, options: Mapping[str, str | None], revision: str | None
+) -> dict[str, Any]:
+    """Return the record of a converted model, which is one step away from what it was.
+
+    Args:
+        model: A folder, a hub id, or bundled:NAME.
+        output: The folder of the converted model.
+        options: How it was converted.
+        revision: Branch, tag or commit on the hub.
+    """
+    source = place_entry(model, revision, "student", hashed=True)
+    return _assembled(
+        {"student": {**source, "route": "init"}, "teachers": [], "judges": []},
+        ProvenanceSettings(),
+        data=[],
+        method={"name": "convert", "options": dict(options), "config_sha256": _sha256(options)},
+        environment=_environment(torch.device("cpu")),
+        result={
+            "name": output.name,
+            "license": None,
+            "library": "transformers",
+            "adapter": False,
+            "weights_sha256": weights_sha256(output),
+        },
+    )
+
+
+def _assembled(
+    models: Mapping[str, Any],
+    settings: ProvenanceSettings,
+    *,
+    created: str | None = None,
+    named: Sequence[str] = (),
+    **parts: Any,
+) -> dict[str, Any]:
+    """Return a record of its entries, with the terms that are stated and what they ask for.
+
+    Args:
+        models: The student, teachers and judges.
+        settings: What the config says about them.
+        created: When it was made, in UTC; None is now.
+        named: Roles and rewards of the config, of which terms may be stated.
+        parts: Data, method, environment and result.
+    """
+    entries = [models["student"], *models["teachers"], *models["judges"]]
+    check_stated(settings, [*named, *map(_stated_as, entries)])
+    for entry in entries:
+        if "of" not in entry and (stated := settings.terms.get(_stated_as(entry))):
+            entry["terms_stated"] = stated
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created": created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "tool": {"name": "diffdistill", "version": versions()["diffdistill"], "git": _commit()},
+        "step": None,
+        **models,
+        **parts,
     }
-    return record | judged(record, config.provenance)
+    return record | judged(record, settings)
 
 
-def check_provenance(session: Session) -> str | None:
+def _named_in(config: RunConfig) -> list[str]:
+    """Return the names by which a config may state the terms of a model."""
+    rewards = [reward["name"].rpartition("/")[2] for reward in config.rewards]
+    return [*config.roles, *rewards, *([] if config.tessy is None else AUTHOR_ROLES)]
+
+
+def _stated_as(entry: Mapping[str, Any]) -> str:
+    """Return the name by which a config states the terms of a model: of its reward, or its role."""
+    name: str = entry.get("reward", entry["role"])
+    return name
+
+
+def _as_itself(entry: dict[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of a model that wrote data, with the route ``copy`` if it is the student."""
+    keys = ("id", "source", "revision")
+    same = all(entry.get(key) == student.get(key) for key in keys)
+    hashes = [model.get("weights_sha256") for model in (entry, student)]
+    known = hashes[0] == hashes[1] if all(hashes) else entry["source"] in ("hub", "bundled")
+    return {**entry, "route": "copy"} if same and known else entry
+
+
+def check_provenance(session: Session, before: Mapping[str, Any] | None = None) -> str | None:
     """Return what to say about the open obligations of a run; None where there are none.
+
+    Args:
+        session: The built run.
+        before: The record of the run that goes on.
 
     Raises:
         UserError: If there are, and the config's policy is ``error``.
     """
-    return enforce(record_of(session, hashed=False), session.config.provenance)
+    settings = session.config.provenance
+    record = record_of(session, hashed=False)
+    return enforce(_after(record, [before] if before else [], settings), settings)
 
 
-def run_record(session: Session, output: Path) -> dict[str, Any]:
-    """Return the record of a run in its folder; one that goes on keeps the time of its start."""
+def run_record(session: Session, output: Path, resumed: Path | None = None) -> dict[str, Any]:
+    """Return the record of a run in its folder; one that goes on keeps the time of its start.
+
+    Where its models or its data were others before, those are told too, as ``earlier``.
+
+    Args:
+        session: The built run.
+        output: Its folder.
+        resumed: The checkpoint that it goes on from; None where it begins.
+    """
     before = read_record(output)
-    return record_of(session, created=None if before is None else before["created"])
+    record = record_of(session, created=None if before is None else before["created"])
+    found = [] if resumed is None else [read_record(resumed), before]
+    return _after(record, [past for past in found if past], session.config.provenance)
+
+
+def _after(
+    record: dict[str, Any], past: Sequence[Mapping[str, Any]], settings: ProvenanceSettings
+) -> dict[str, Any]:
+    """Return a record with what is in past ones of the run and not in it."""
+    now, left = _entries(record), list[dict[str, Any]]()
+    for entry in (entry for before in past for entry in _entries(before)):
+        own = entry["source"] == MADE or entry.get("route") in SELF
+        if not own and not any(_is_same(entry, other) for other in [*now, *left]):
+            left.append(entry)
+    if not left:
+        return record
+    found = {**record, "earlier": left}
+    return found | judged(found, settings)
+
+
+def _entries(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of all models of a record, and of its data with the role ``data``."""
+    data = [{"role": "data", **entry} for entry in record["data"]]
+    models = [record["student"], *record["teachers"], *record["judges"]]
+    return [*models, *data, *record.get("earlier", [])]
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two entries are of the same model or data, as far as both have hashes."""
+    named = all(one.get(k) == other.get(k) for k in ("id", "source", "revision", "host", "split"))
+    hashes = ((one.get(k), other.get(k)) for k in ("weights_sha256", "sha256", "files"))
+    return named and all(a == b for a, b in hashes if a and b)
 
 
 def at_step(record: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -129,110 +286,17 @@ def exported(
     return new | judged(new, chosen, name)
 
 
-def _model(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
-    """Return the entry of a role: by which route it takes part, and what its weights are."""
-    config, settings = session.config, session.config.roles[role.name]
-    entry: dict[str, Any] = {"role": role.name, "route": _route(session, role)}
-    if settings.weights in ("ema", "live"):
-        entry["of"] = settings.of
-        of = session.roles[settings.of]
-        return entry | _weights(session, of, hashed=False)
-    if stated := config.provenance.terms.get(role.name):
-        entry["terms_stated"] = stated
-    if isinstance(role.family, Server):
-        host = urlsplit(role.family.path).hostname
-        return entry | {"id": _served(role.family.model), "source": "server", "host": host}
-    return entry | _weights(session, role, hashed=hashed)
-
-
-def _served(model: str | None) -> str:
-    """Return what a server calls its model; of a path, as vLLM's names are, the last part."""
-    name = model or "unnamed"
-    return Path(name).name if name.startswith(("/", ".", "~")) else name
-
-
-def _weights(session: Session, role: Role, *, hashed: bool) -> dict[str, Any]:
-    """Return where a role's weights come from; those of a mean from where what it is of began."""
-    config, settings = session.config, session.config.roles[role.name]
-    if settings.weights == "mean":
-        settings = config.roles[session.roles.trained()[0].name]
-    family = settings.family or config.family
-    path = settings.path or family.get("single_file") or family["path"]
-    if not path:
-        return {"id": family["name"], "source": "made", "license": None}
-    revision = None if settings.path else family.get("revision")
-    local = local_copy(resolve_model(path), revision)
-    return describe_model(path, local, revision, hashed=hashed)
-
-
-def _route(session: Session, role: Role) -> str:
-    """Return how a role takes part.
-
-    ``init`` is what the student begins from. A teacher is the student itself, ``live``, as its
-    average (``ema``), with its ``adapter-off`` or as a ``copy`` from before training. Others are an
-    ``expert``, which the student is the mean of; ``trained`` beside it from the same weights, as a
-    critic is; another model, ``local`` or from the ``hub`` or ``bundled``; or behind a ``server``.
-    """
-    settings, student = session.config.roles[role.name], session.roles["student"]
-    if role is student:
-        return "init"
-    if settings.weights in ("ema", "live"):
-        return settings.weights
-    if role.trained and student.settings.weights == "mean":
-        return "expert"
-    if isinstance(role.family, Server):
-        return "server"
-    same = (settings.path, settings.family) == (session.config.roles["student"].path, None)
-    if same:
-        return _own_route(role, student)
-    path = settings.path or (settings.family or session.config.family)["path"]
-    return str(describe_model(path, None, None, hashed=False)["source"])
-
-
-def _own_route(role: Role, student: Role) -> str:
-    """Return how a role takes part that begins from the student's own weights."""
-    if role.trained:
-        return "trained"
-    shared = role.network is student.network and student.adapter is not None
-    return "adapter-off" if shared else "copy"
-
-
-def _judge(settings: Mapping[str, Any], *, hashed: bool) -> dict[str, Any]:
-    """Return the entry of a reward: a rule, or a model in files."""
-    name = settings["name"].rpartition("/")[2]
-    path = settings.get("path")
-    if not path:
-        return {"role": "reward", "route": "rule", "id": name, "source": "made", "license": None}
-    local = local_copy(resolve_model(path), None)
+def _method(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any]:
+    options = {k: v for k, v in method.items() if k != "name" and _is_plain(v)}
     return {
-        "role": "reward",
-        "route": "judge",
-        "reward": name,
-        **describe_model(path, local, None, hashed=hashed),
-    }
-
-
-def _data(session: Session, *, hashed: bool) -> list[dict[str, Any]]:
-    """Return the entry of each data set: of the run's own, or of each of its skills."""
-    data = session.config.data
-    found = []
-    for part in [*of_skills(data).values()] or [data]:
-        if part.path is not None:
-            found.append(describe_file(part.path, resolve(part.path, Path()), hashed=hashed))
-        elif part.source is not None:
-            found.append(describe_source(part.source, part.split, part.files, hashed=hashed))
-    return found
-
-
-def _method(session: Session) -> dict[str, Any]:
-    config = session.config
-    options = {k: v for k, v in config.method.items() if k != "name" and _is_plain(v)}
-    canonical = json.dumps(config.to_dict(), sort_keys=True)
-    return {
-        "name": config.method["name"],
+        "name": method["name"],
         "options": options,
-        "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "config_sha256": _sha256(config.to_dict()),
     }
+
+
+def _sha256(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _is_plain(value: Any) -> bool:
@@ -244,12 +308,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float))
 
 
-def _environment(session: Session) -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     return {
         "packages": versions(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": session.device.type,
+        "device": device.type,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

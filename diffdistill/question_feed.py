@@ -7,7 +7,7 @@ from typing import Any
 
 from diffdistill.data.batches import prefetched
 from diffdistill.data.problems import Problem
-from diffdistill.data.questions import of_skills, read_questions
+from diffdistill.data.questions import of_skills, question_key, read_questions
 from diffdistill.data.settings import DataSettings
 from diffdistill.data.stream import MicroBatch, Stream
 from diffdistill.data.streaming import Group, endless_texts, groups
@@ -101,15 +101,7 @@ def labelled_questions(session: Session, samples: int) -> set[str]:
     rewarded = getattr(method, "reward", None) is not None
     if not (rewarded or given or method.solutions() != "unused"):
         return set()
-    return {_question(example) for example in seen_questions(session, samples)}
-
-
-def _question(example: Example) -> str:
-    """Return what tells a question from others: the chat before its answer, and its pictures."""
-    messages = example.messages or ()
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return " ".join(map(str, (messages or example.text, *example.pictures)))
+    return {question_key(example) for example in seen_questions(session, samples)}
 
 
 def telling(texts: Iterator[Example], family: TextRows[Any] | Questions) -> Iterator[Example]:

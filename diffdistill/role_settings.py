@@ -102,6 +102,7 @@ def _check_shadow(name: str, chosen: RoleSettings) -> None:
     for option, fine, range_ in (
         ("rank", shadow.rank is None or shadow.rank >= 1, "at least 1"),
         ("update_size", shadow.update_size is None or shadow.update_size >= 1, "at least 1"),
+        ("num_layers", shadow.num_layers >= 1, "at least 1"),
         ("num_heads", shadow.num_heads is None or shadow.num_heads >= 1, "at least 1"),
         ("dropout", 0 <= shadow.dropout < 1, "in [0, 1)"),
         ("auxiliary_weight", shadow.auxiliary_weight >= 0, "at least 0"),

@@ -123,7 +123,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         for network in roles.networks():
             enable_checkpointing(network)
     if config.train.compile:
-        check_compilable(family, roles)
+        check_compilable(config, family, roles)
         for network in roles.networks():  # of language models, what is called
             getattr(network, "base_model", network).compile()
     if isinstance(read, Questions):

@@ -4,17 +4,20 @@ from diffdistill import catalog
 from diffdistill.config import RunConfig
 from diffdistill.errors import UserError
 from diffdistill.method import Kind
+from diffdistill.pipelines.bd3lm import BD3LM
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.flow import FlowFamily
 from diffdistill.pipelines.language import LanguageFamily
+from diffdistill.pipelines.mdlm import MDLM
 from diffdistill.pipelines.model_family import ModelFamily
-from diffdistill.pipelines.network_family import NetworkFamily
 from diffdistill.pipelines.server import Server
+from diffdistill.pipelines.vlm import VLM
 from diffdistill.role_settings import RoleSettings
 from diffdistill.roles import Roles
 from diffdistill.text.comparing import Comparing
 from diffdistill.text.exposed import Exposed
 from diffdistill.text.extrapolating import Extrapolating
+from diffdistill.text.switch_kd import SwitchKD
 
 KINDS: dict[Kind, tuple[type, str, str]] = {
     "pictures": (FlowFamily, "images and videos", "flux2-klein"),
@@ -22,6 +25,9 @@ KINDS: dict[Kind, tuple[type, str, str]] = {
     "answers": (CausalLM, "autoregressive language models", "causal-lm"),
 }
 """Of each kind of run: the class of its family, what it is of, and such a family's name."""
+
+SHADOWED = (CausalLM, BD3LM, MDLM)
+"""Families with networks that a shadow can be beside; of the first, not those that see pictures."""
 
 
 def check_kind(config: RunConfig, family: ModelFamily) -> None:
@@ -35,8 +41,14 @@ def check_kind(config: RunConfig, family: ModelFamily) -> None:
         )
 
 
-def check_compilable(family: ModelFamily, roles: Roles) -> None:
+def check_compilable(config: RunConfig, family: ModelFamily, roles: Roles) -> None:
     """Refuse to compile what torch cannot, or would compile anew for every block."""
+    cls = catalog.load("method", config.method["name"])
+    if issubclass(cls, SwitchKD) and config.method["switch_weight"]:
+        raise UserError(
+            "train.compile leaves out the hooks by which the switched term reaches the parts of a "
+            "network: set train.compile: false, or method.switch_weight: 0"
+        )
     if any(role.head is not None for role in roles.by_name.values()):
         raise UserError("train.compile cannot be combined with a role's head: true")
     if getattr(family, "positions", None) == "absolute":
@@ -122,12 +134,13 @@ def check_quantized(config: RunConfig) -> None:
 
 
 def check_shadows(config: RunConfig, family: ModelFamily) -> None:
-    """Refuse a shadow of anything but a causal LM of transformers, and where it is not one role."""
+    """Refuse a shadow of a network that none was tried on."""
+    able = isinstance(family, SHADOWED) and not isinstance(family, VLM)
     for name, role in config.roles.items():
-        if role.adapter == "shadow" and not isinstance(family, NetworkFamily):
+        if role.adapter == "shadow" and not able:
             raise UserError(
-                f"roles.{name}.adapter: shadow is for language models on networks of transformers "
-                f"(causal-lm, bd3lm, mdlm), not for {config.family['name']}: use lora"
+                f"roles.{name}.adapter: shadow is for language models of the families causal-lm, "
+                f"bd3lm and mdlm, not for {config.family['name']}: use lora"
             )
 
 

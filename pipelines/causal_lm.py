@@ -146,8 +146,17 @@ class CausalLM(NetworkFamily):
             pad_id=self.pad_id,
             words=self.words,
             watch=watch,
+            never=self.placeholders,
             more=self.told_besides(network, condition),
         )
+
+    @property
+    def placeholders(self) -> list[int]:
+        """Ids of tokens that stand for something else than text in a prompt: none, for text alone.
+
+        They are never written in an answer.
+        """
+        return []
 
     def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Any]:
         """Return what a network is told besides the tokens of a prompt: nothing, for text alone."""

@@ -38,6 +38,7 @@ class Choosing(LogitsProcessor):
         start: int,
         words: int,
         watch: Callable[[Tensor], None] | None = None,
+        never: Sequence[int] = (),
     ) -> None:
         """Create a choice.
 
@@ -47,7 +48,9 @@ class Choosing(LogitsProcessor):
             start: Tokens of the prompt.
             words: Logits that stand for a token; what a table has beyond them is never chosen.
             watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
+            never: Tokens that are not to be chosen.
         """
+        self.never = list(never)
         self.greedy = sampling.temperature == 0.0
         self.numbers = numbers
         self.start = start
@@ -66,7 +69,8 @@ class Choosing(LogitsProcessor):
         """Return scores ``[B, V]`` under which the chosen tokens alone are possible."""
         place = input_ids.shape[1] - self.start
         forced = torch.full_like(scores, -torch.inf)
-        logits = scores[:, : self.words]
+        logits = scores[:, : self.words].clone()
+        logits[:, self.never] = -torch.inf
         if self.greedy:
             tokens = logits.argmax(-1)
             self.logprobs.append(torch.zeros_like(tokens, dtype=torch.float32))
@@ -93,6 +97,7 @@ def sample_answers(
     pad_id: int,
     words: int,
     watch: Callable[[Tensor], None] | None = None,
+    never: Sequence[int] = (),
     more: Mapping[str, Any] | None = None,
 ) -> Answers:
     """Return answers ``[B, A]``, A being the length of the longest, without dropout.
@@ -107,9 +112,10 @@ def sample_answers(
         pad_id: Fills up answers; it may be one of ``end_ids``.
         words: Logits that stand for a token.
         watch: Told the tokens ``[B]`` of each step, those after the end of a row too.
+        never: Tokens that are not to be chosen.
         more: What the network is told besides the prompts, such as pictures.
     """
-    choosing = Choosing(sampling, numbers, prompt.shape[1], words, watch)
+    choosing = Choosing(sampling, numbers, prompt.shape[1], words, watch, never)
     with at_rest(network):
         generating: Any = network
         rows = generating.generate(

@@ -55,7 +55,11 @@ def export_lora(
         rank: Rank of the adapter.
         alpha: The update is scaled with ``alpha / rank``.
         dtype: Type of the stored weights; None keeps it.
+
+    Raises:
+        UserError: If ``folder`` is not empty.
     """
+    check_empty(folder)
     state = _scaled(adapter, alpha / rank, dtype)
     family.pipeline_class.save_lora_weights(str(folder), transformer_lora_layers=state)
     return folder / "pytorch_lora_weights.safetensors"

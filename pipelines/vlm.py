@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading, remote_code
+from diffdistill.pipelines.answers import is_one_of
 from diffdistill.pipelines.block_diffusion import headed
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.causal_sampling import positions_in
@@ -25,7 +26,7 @@ from diffdistill.pipelines.sharding import last_hidden
 from diffdistill.pipelines.three_parts import encoded, fed, parts_of
 from diffdistill.projection import Projection
 from diffdistill.sights import Sight
-from diffdistill.types import Condition
+from diffdistill.types import Condition, State
 
 MARK = "diffdistill"
 """Stands for an answer where the template is looked at."""
@@ -134,7 +135,28 @@ class VLM(CausalLM):
             "seen": found,
         }
 
+    @cached_property
+    def placeholders(self) -> list[int]:
+        """Ids of the tokens that stand for pictures, videos and sounds in a prompt.
+
+        transformers counts them in whole rows, so an answer must not have any.
+        """
+        config, kinds = loading.read_config(self.folder), ("image", "video", "audio")
+        names = [f"{kind}_token_{key}" for kind in kinds for key in ("id", "index")]
+        found = [config.get(name) for name in names]
+        found += [getattr(self.processor, name, None) for name in names]
+        return sorted({t for t in found if isinstance(t, int) and 0 <= t < self.words})
+
     # what roles ask
+
+    def predict(self, network: nn.Module, state: State, condition: Condition) -> Projection:
+        """Return logits ``[B, A, V]``: see ``CausalLM.predict``.
+
+        Where a given solution has a token that stands for a picture, it is read as a pad token.
+        """
+        pictured = is_one_of(state.x, self.placeholders)
+        read = state._replace(x=state.x.masked_fill(pictured, self.pad_id))
+        return super().predict(network, read, condition)
 
     def told_besides(self, network: nn.Module, condition: Condition) -> dict[str, Any]:
         """Return what the processor made of pictures, in the network's type."""

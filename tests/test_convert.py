@@ -10,9 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from diffdistill import catalog, cli
+from diffdistill.commands.convert import convert
 from diffdistill.pipelines.block_diffusion import causal_mask
 from diffdistill.pipelines.conversion import check_network
 from diffdistill.projection import dense
+from diffdistill.provenance.files import dumped, open_record
+from diffdistill.provenance.settings import ProvenanceSettings
+from diffdistill.provenance.sources import describe_model
+from diffdistill.provenance.terms import obligations
 from diffdistill.types import State
 from tests.tiny import edit_json, tokenizer
 from tests.tiny_text import causal_lm
@@ -34,6 +39,21 @@ def source(tmp_path: Path) -> Path:
     causal_lm(vocab_size=len(tokenizer()), is_causal=True).save_pretrained(str(folder))
     tokenizer().save_pretrained(str(folder))
     return folder
+
+
+def test_a_converted_model_says_what_it_was_made_from(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    convert(str(source), tmp_path / "Llama-target")
+    record = open_record(tmp_path / "Llama-target")
+    assert (record["method"]["name"], record["student"]["id"]) == ("convert", "source")
+    assert str(tmp_path) not in dumped(record)
+    assert "| student | source | init |" in (tmp_path / "Llama-target" / "README.md").read_text()
+    entry = describe_model("Llama-target", tmp_path / "Llama-target", None, hashed=True)
+    assert entry["as_recorded"] is True
+    further = {"student": {"role": "student", **entry}, "teachers": [], "judges": []}
+    asked = {item["id"] for item in obligations(further, ProvenanceSettings())}
+    assert "llama-3.1/name" in asked
+    assert not any(name.startswith("unknown") for name in asked)
 
 
 @pytest.mark.parametrize("to", ["bd3lm", "mdlm"])

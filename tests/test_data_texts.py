@@ -66,6 +66,7 @@ def test_documents_and_files_of_a_folder_are_read_in_the_order_of_their_names(
     (tmp_path / "sub" / "b.py").write_text("def f():\n    pass\n")
     (tmp_path / "c.md").write_text("# title")
     (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "c.provenance.json").write_text("[]")
     (tmp_path / "other.csv").write_text("no")
     write(tmp_path / "a.jsonl", [{"text": "first"}, {"text": "second"}])
     found = read(tmp_path)

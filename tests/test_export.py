@@ -141,6 +141,14 @@ def test_a_lora_does_in_the_plain_pipeline_what_it_did_in_training(
     torch.testing.assert_close(piped(pipeline, family), expected, atol=1e-5, rtol=0)
 
 
+def test_a_lora_is_not_written_into_a_folder_in_use(root: Path, tmp_path: Path) -> None:
+    family = family_of(NAMES[0], root)
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="is not empty: export into a new folder"):
+        export_lora(family, adapter_of(trained(family)), tmp_path, rank=RANK, alpha=ALPHA)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_comfy_keys_are_those_of_the_original_layout(root: Path, tmp_path: Path, name: str) -> None:
     family = family_of(name, root)

@@ -18,17 +18,19 @@ from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.lineage import record_of
+from diffdistill.origins import judge_entries
 from diffdistill.provenance import bom, hashing
 from diffdistill.provenance.card import head, model_card
 from diffdistill.provenance.files import dumped, open_record
 from diffdistill.provenance.settings import ProvenanceSettings
 from diffdistill.provenance.sources import describe_model, describe_source
-from diffdistill.provenance.terms import enforce, models_of, obligations, table, terms_of
+from diffdistill.provenance.terms import enforce, models_of, obligations, table, terms_of, unmet
 from diffdistill.session import build
 from tests.answer_run import answer_values, save_answer_world
 from tests.conftest import CPU
 from tests.toy_run import make_data, toy_values
 
+R1 = "DeepSeek-R1-Distill"
 LORA = {"adapter": "lora", "rank": 2, "alpha": 4}
 
 
@@ -121,6 +123,16 @@ def test_an_export_is_judged_by_its_name(world: Path) -> None:
     for name, status in (("Llama-tiny", "met"), ("tiny-lora", "open")):
         [item] = [o for o in open_record(world / name)["obligations"] if o["kind"] == "naming"]
         assert item["status"] == status
+
+
+def test_only_weights_that_the_run_made_are_exported(world: Path, tmp_path: Path) -> None:
+    for role, told in (
+        ("teacher", r"has no weights of its own, they are frozen: export student$"),
+        ("critic", r"no role 'critic' in .*; here: student$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            export(world / "first", tmp_path / "out", role=role)
+        assert not (tmp_path / "out").exists()
 
 
 def test_teachers_are_in_a_key_of_their_own_and_never_base_models(world: Path) -> None:
@@ -223,9 +235,47 @@ def test_a_server_is_recorded_by_host_and_model_without_its_key_or_address(
         "role": "teacher", "route": "server", "id": "some-model", "source": "server",
         "host": "api.openai.com",
     }  # fmt: skip
-    assert terms_of(entry) == "openai-api"
+    assert terms_of(entry) == ["openai-api"]
     assert "openai-api/competing" in {o["id"] for o in record["obligations"]}
     assert "secret" not in dumped(record)
+
+
+def test_a_run_that_goes_on_with_other_models_and_data_tells_of_the_earlier_ones(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = {"student": LORA, "teacher": {"path": str(world / "other")}}
+    for steps, teacher, data in ((1, "other", "a"), (2, "student", "b"), (3, "student", "b")):
+        shutil.copy(world / "questions.jsonl", tmp_path / f"{data}.jsonl")
+        roles["teacher"] = {"path": str(world / teacher)}
+        data_path = {"path": str(tmp_path / f"{data}.jsonl")}
+        values = answer_values(world, roles=roles, data=data_path, train={"steps": steps})
+        train(parse_config(values), tmp_path / "run", resume="latest")
+        record = open_record(tmp_path / "run")
+        assert ("earlier" in record) == (steps > 1)
+    assert [(e["role"], e["id"]) for e in record["earlier"]] == [
+        ("teacher", "other"), ("data", "a.jsonl"),
+    ]  # fmt: skip
+    assert open_record(tmp_path / "run/checkpoints/step-000003")["earlier"] == record["earlier"]
+    assert "llama-3.1/name" in unmet(record)
+    told = provenance(tmp_path / "run")
+    assert "earlier teacher other (local" in told
+    assert "earlier data a.jsonl" in told
+    assert "other" in {teacher["id"] for teacher in head(record).to_dict()["teacher_models"]}
+    assert "| teacher (earlier) | other |" in model_card(record)
+    monkeypatch.setattr(bom, "_check", lambda text: None)  # slow, and of another test
+    names = {part["name"] for part in json.loads(bom.bill(record))["components"]}
+    assert {"other", "a.jsonl", "b.jsonl"} <= names
+    values["provenance"] = {"policy": "error"}
+    values["train"]["steps"] = 4
+    with pytest.raises(UserError, match=r"open obligations: llama-3\.1/name"):
+        train(parse_config(values), tmp_path / "run", resume="latest")
+
+    other_folder = str(tmp_path / "run/checkpoints/step-000001")
+    del values["provenance"]
+    train(parse_config(values), tmp_path / "moved", resume=other_folder)
+    assert ("teacher", "other") in {
+        (entry["role"], entry["id"]) for entry in open_record(tmp_path / "moved")["earlier"]
+    }
 
 
 def test_a_record_holds_no_prompt_and_no_place_of_this_machine(world: Path) -> None:
@@ -276,12 +326,23 @@ def model(**entry: Any) -> dict[str, Any]:
         ({"host": "api.example.com", "id": "Qwen/Qwen3-8B"}, None),
         ({"host": "10.0.0.7", "id": "Qwen/Qwen3-8B"}, "apache-2.0"),
         ({"host": "localhost", "id": "Qwen/Qwen3-8B"}, "apache-2.0"),
+        ({"id": f"deepseek-ai/{R1}-Llama-70B", "license": {"license": "mit"}}, "mit llama-3.3"),
+        ({"id": f"deepseek-ai/{R1}-Llama-8B"}, "mit llama-3.1"),
+        ({"id": f"{R1}-Qwen-32B", "license": {"license": "mit"}}, "mit apache-2.0"),
+        ({"id": f"{R1}-Llama-70B", "host": "localhost"}, "mit llama-3.3"),
+        ({"id": f"{R1}-Llama-70B", "host": "api.example.com"}, None),
+        ({"id": f"{R1}-Llama-70B", "terms_stated": "mit"}, "mit"),
         ({"license": {"license": "made-up"}}, None),
         ({"license": {"license": "other"}}, None),
     ],
 )  # fmt: skip
 def test_terms_are_found_by_statement_host_license_or_id(entry: Any, terms: str | None) -> None:
-    assert terms_of(model(**entry)) == terms
+    assert terms_of(model(**entry)) == ([] if terms is None else terms.split())
+
+
+def test_a_model_that_was_tuned_from_a_llama_asks_for_what_a_llama_does() -> None:
+    teacher = model(id=f"deepseek-ai/{R1}-Llama-70B", license={"license": "mit"})
+    assert judged(teacher) == {"llama-3.3/name": "open"}
 
 
 def judged(teacher: dict[str, Any], **settings: Any) -> dict[str, str]:
@@ -351,7 +412,7 @@ def test_the_policy_warn_says_what_is_open(world: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ({"techer": "mit"}, r"no role 'techer', did you mean 'teacher'\?"),
+        ({"techer": "mit"}, r"no role or reward 'techer', did you mean 'teacher'\?"),
         ({"teacher": "lama-3.1"}, r"has no 'lama-3\.1', did you mean 'llama-3\.1'\?"),
     ],
 )
@@ -421,6 +482,25 @@ def test_a_bill_is_cyclonedx_without_asking_the_net(
     [reference] = [r for r in on[bill["metadata"]["component"]["bom-ref"]] if r.startswith("model")]
     [past] = on[reference]
     assert {names[r] for r in on[past]} == {"student", "other", "questions.jsonl"}
+
+
+def test_every_model_of_a_reward_is_recorded_and_its_terms_can_be_stated(world: Path) -> None:
+    reward = {
+        "name": "video-reward",
+        "path": str(world / "other"),
+        "base_path": str(world / "student"),
+        "tokenizer_path": str(world / "cache"),  # no model
+    }
+    found = judge_entries(reward, hashed=False)
+    assert [(m["id"], m["route"], m["reward"]) for m in found] == [
+        ("other", "judge", "video-reward"), ("student", "judge", "video-reward"),
+    ]  # fmt: skip
+    assert judge_entries({"name": "boxed"}, hashed=False)[0]["route"] == "rule"
+    terms = {"terms": {"tests.answer_run:Length": "mit"}}
+    rewards = [{"name": "tests.answer_run:Length"}]
+    method = {"name": "tests.answer_run:Judged"}
+    record = made(world, method=method, rewards=rewards, provenance=terms)
+    assert record["judges"][0]["terms_stated"] == "mit"
 
 
 def test_a_bill_tells_the_role_of_each_judge_of_several(

@@ -20,6 +20,7 @@ from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.json_server import JsonServer
 from diffdistill.pipelines.prompts import prompt_condition
 from diffdistill.pipelines.server import Server
+from diffdistill.provenance.files import open_record
 from diffdistill.session import Session, build
 from diffdistill.supports import TopK, top_logprobs
 from diffdistill.types import Example, State
@@ -198,6 +199,7 @@ def test_a_run_with_a_server_is_the_run_with_its_model_and_keeps_none_of_it(
     assert not any("teacher" in key for key in Checkpoints(tmp_path / "server").load()[0].tensors)
     line = json.loads((tmp_path / "server/metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < line["teacher_mass/student"] <= 1
+    assert open_record(tmp_path / "server")["teachers"][0]["id"] == "tiny"
     assert not caplog.records
 
 
@@ -231,6 +233,17 @@ def test_a_dry_run_counts_no_parameters_of_a_server(server: TinyServer, world: P
     assert "one step: loss/student" in text
     [row] = [line for line in text.splitlines() if "teacher" in line and "frozen" in line]
     assert " 0 " in row
+
+
+def test_obligations_are_those_of_the_model_that_the_server_has(
+    server: TinyServer, world: Path
+) -> None:
+    server.names = ("meta-llama/Llama-3.3-70B-Instruct",)
+    values = answer_values(world, method={"name": "opd", "support": "teacher"})
+    values |= {"roles": server_of(server), "provenance": {"policy": "error"}}
+    with pytest.raises(UserError, match=r"open obligations: .*llama-3\.3/name; set") as refused:
+        dry_run(parse_config(values))
+    assert "unnamed" not in str(refused.value)
 
 
 def test_a_server_that_is_down_is_in_the_way_of_training_alone(

@@ -23,14 +23,18 @@ from diffdistill.errors import UserError
 from diffdistill.pipelines.block_diffusion import project
 from diffdistill.pipelines.block_sampling import BlockSampler, UncachedSampler
 from diffdistill.pipelines.causal_lm import CausalLM
+from diffdistill.pipelines.llada2 import LLaDA2
 from diffdistill.pipelines.prompts import prompt_condition
+from diffdistill.pipelines.vlm import VLM
+from diffdistill.pipelines.wedlm import WeDLM
 from diffdistill.projection import dense, token_logprob, token_maps
 from diffdistill.question_feed import question_batches
 from diffdistill.role_building import build_roles
-from diffdistill.role_settings import RoleSettings
+from diffdistill.role_settings import RoleSettings, check_roles
 from diffdistill.roles import Role, enable_checkpointing
 from diffdistill.rollouts import Sampling
 from diffdistill.session import build, questions
+from diffdistill.session_checks import check_shadows
 from diffdistill.shadow import ShadowSettings, add_shadow, alone, is_shadow, shadow_of
 from diffdistill.trainer import Trainer
 from diffdistill.types import State
@@ -480,6 +484,9 @@ def test_merging_is_refused_before_anything_has_changed(world: Path, tmp_path: P
         ({"adapter": "shadow", "dora": True}, r"dora is for adapter: lora, and it is shadow"),
         ({"adapter": "shadow", "targets": ["x"]}, r"targets is for adapter: lora"),
         ({"adapter": "shadow", "shadow": {"rank": 0}}, r"rank must be at least 1, not 0"),
+        ({"adapter": "shadow", "rank": 16}, r"rank is for adapter: lora: set .*\.shadow\.rank$"),
+        ({"adapter": "shadow", "dropout": 0}, r"lora: set .*student\.shadow\.dropout$"),
+        ({"adapter": "shadow", "alpha": 8, "shadow": {"rank": 2}}, r"set .*\.shadow\.strength$"),
         ({"adapter": "shadow", "shadow": {"dropout": 1.0}}, r"dropout must be in \[0, 1\)"),
     ],
 )
@@ -488,11 +495,28 @@ def test_wrong_settings_are_refused(world: Path, student: Any, message: str) -> 
         build(parse_config(answer_values(world, roles={"student": student})), CPU)
 
 
+def test_a_shadow_has_blocks() -> None:
+    with pytest.raises(UserError, match=r"student\.shadow\.num_layers must be at least 1, not 0"):
+        check_roles(
+            {"student": RoleSettings(adapter="shadow", shadow=ShadowSettings(num_layers=0))}
+        )
+
+
+def test_the_config_of_a_run_with_a_shadow_is_read_again(world: Path) -> None:
+    config = parse_config(answer_values(world, roles={"student": {"adapter": "shadow"}}))
+    assert parse_config(config.to_dict()) == config
+
+
 def test_what_cannot_have_a_shadow_says_so(world: Path, tmp_path: Path) -> None:
     values = toy_values(make_data(tmp_path / "data"))
     values["roles"]["student"] = {"adapter": "shadow"}
     with pytest.raises(UserError, match="shadow is for language models"):
         build(parse_config(values), CPU)
+    families = (VLM(path="", device=CPU), WeDLM(path="", device=CPU), LLaDA2(path="", device=CPU))
+    for family in families:
+        config = parse_config(answer_values(world, roles={"student": {"adapter": "shadow"}}))
+        with pytest.raises(UserError, match=r"roles\.student\.adapter: shadow is for .*: use lora"):
+            check_shadows(config, family)
     live = {"student": {"adapter": "shadow"}, "teacher": {"weights": "live"}}
     with pytest.raises(UserError, match=r"set roles\.student\.shadow\.dropout to 0"):
         build(parse_config(answer_values(world, roles=live)), CPU)

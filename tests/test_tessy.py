@@ -12,12 +12,17 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffdistill import cli
+from diffdistill.authorship import data_authors
 from diffdistill.commands import tessy
 from diffdistill.commands.train import train
 from diffdistill.config import load_config, parse_config
 from diffdistill.data.questions import read_questions
 from diffdistill.errors import UserError
+from diffdistill.lineage import check_provenance, record_of
 from diffdistill.pipelines.writing import Continuation, LocalWriter
+from diffdistill.provenance.files import dumped, open_record
+from diffdistill.provenance.terms import unmet
+from diffdistill.session import build
 from diffdistill.synthesis import samples
 from diffdistill.synthesis.annotating import given
 from diffdistill.synthesis.building import open_workshop
@@ -618,3 +623,63 @@ def test_a_section_tessy_is_checked_as_every_other(
     values["tessy"] |= section
     with pytest.raises(UserError, match=message):
         parse_config(values)
+
+
+def test_written_data_names_its_models_to_what_learns_it(
+    config: str, world: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "written.jsonl"
+    for name, license_ in (("student", "apache-2.0"), ("teacher", "llama3.3")):
+        (world / name / "README.md").write_text(f"---\nlicense: {license_}\n---\n")
+    asked = ["tessy.max_questions=1", "tessy.num_samples=1"]
+    tessy.write(config, output=file, overrides=asked)
+    record = open_record(tmp_path / "written.provenance.json")
+    assert [(m["role"], m["id"]) for m in record["teachers"]] == [("rollouts", "teacher")]
+    assert [(m["role"], m["id"]) for m in record["judges"]] == [("boundaries", "student")]
+    assert str(world) not in dumped(record)
+
+    values = values_of(world)
+    values |= {"tessy": None, "data": {"path": str(file), "batch_size": 1}}
+    learned = record_of(build(parse_config(values), CPU))
+    routes = [(m["role"], m["id"], m["route"]) for m in learned["teachers"]]
+    assert routes == [
+        ("rollouts", "student", "copy"),
+        ("rollouts", "teacher", "local"),
+        ("boundaries", "student", "copy"),
+    ]
+    assert "llama-3.3/name" in unmet(learned)
+    for place in ({"path": str(tmp_path)}, {"source": "json", "files": [str(file)]}):
+        other = parse_config(values | {"data": place})
+        assert [m["id"] for m in data_authors(other, hashed=False)] == [
+            "student", "teacher", "student",
+        ]  # fmt: skip
+    with pytest.raises(UserError, match=r"open obligations: llama-3\.3/name"):
+        check_provenance(build(parse_config(values | {"provenance": {"policy": "error"}}), CPU))
+    stated = {"terms": {"rollouts": "mit"}}
+    settled = record_of(build(parse_config(values | {"provenance": stated}), CPU), hashed=False)
+    assert "llama-3.3/name" not in unmet(settled)
+
+    (tmp_path / "written.provenance.json").unlink()  # as data of before there were records
+    bare = record_of(build(parse_config(values), CPU), hashed=False)
+    revision = json.loads((tmp_path / "written-about.json").read_text())["revisions"]["teacher"]
+    assert f"unknown/{revision}" in unmet(bare)
+    section = record_of(build(load_config(config, [f"data.path={file}"]), CPU), hashed=False)
+    assert [m["id"] for m in section["teachers"]] == ["teacher", "student"]
+
+
+def test_the_section_of_a_config_names_teacher_annotator_and_predictors(world: Path) -> None:
+    values = values_of(world)
+    served = {"name": "server", "path": "http://localhost:1/v1", "model": "meta-llama/Llama-3.3-x"}
+    values["tessy"]["teacher"] = served
+    values["tessy"]["fit"] |= {"annotator": "model", "model": {**served, "model": "Qwen/Qwen3-x"}}
+    values["data"]["path"] = str(world / "questions.jsonl")
+    values["provenance"] = {"terms": {"annotator": "mit", "tests.answer_run:Length": "mit"}}
+    for mode, named in (
+        ("tessy", ["rollouts", "annotator", "boundaries"]),
+        ("mix", ["rollouts"]),
+        ("student-only", []),
+    ):
+        values["tessy"]["mode"] = mode
+        record = record_of(build(parse_config(values), CPU), hashed=False)
+        assert [model["role"] for model in record["teachers"]] == named
+        assert ("llama-3.3/name" in unmet(record)) == bool(named)

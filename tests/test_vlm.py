@@ -120,6 +120,50 @@ def test_greedy_answers_are_those_of_transformers(name: str, world: Path) -> Non
         assert kept.tolist() == tokens[: len(kept)].tolist()
 
 
+@pytest.mark.parametrize("name", ["student", "onevision", "qwen"])
+def test_a_token_that_stands_for_a_picture_is_never_written(name: str, world: Path) -> None:
+    read = reader_of(world, name)
+    network: Any = read.student.network()
+    token = read.student.processor.image_token_id
+    assert token in read.student.placeholders
+    batch = read.collate(asked(world), range(4))
+
+    def likely(module: Any, inputs: Any, logits: Tensor) -> Tensor:
+        logits[..., token] = 1e4
+        return logits
+
+    hook = network.lm_head.register_forward_hook(likely)
+    for temperature in (0.0, 1.0):
+        answers = read.student.sample(
+            network,
+            read.condition(batch),
+            batch["ids"],
+            Sampling(5, temperature=temperature),
+            Draws(0),
+            purpose="x",
+        )
+        assert not (answers.tokens == token).any()
+        assert answers.logprobs.isfinite().all()
+    hook.remove()
+
+
+def test_a_solution_that_has_such_a_token_is_read_with_a_pad_token_there(world: Path) -> None:
+    read = reader_of(world)
+    network = read.student.network()
+    first = asked(world)[0]
+    for question in (first, first._replace(pictures=())):
+        batch = read.collate([question._replace(solution="3<image>9")], [0])
+        answers = read.given(batch)
+        assert (answers.tokens == 2).sum() == 1
+        told, state = read.condition(batch), read.state(answers)
+        plain = state._replace(x=torch.where(state.x == 2, read.student.pad_id, state.x))
+        with torch.no_grad():
+            found, expected = (
+                dense(read.student.predict(network, at, told)) for at in (state, plain)
+            )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_an_answer_depends_on_the_picture_and_not_on_its_batch(world: Path) -> None:
     read, examples = reader_of(world), asked(world)
     network = read.student.network()
@@ -248,6 +292,24 @@ def test_models_without_the_parts_say_what_they_consist_of(world: Path) -> None:
     text = CausalLM(path="", device=CPU)
     with pytest.raises(UserError, match="CausalLM has no vision encoder to switch"):
         text.look(network, {})
+
+
+def test_a_column_of_pictures_that_is_named_must_be_there(tmp_path: Path) -> None:
+    rows = [{"img": "0.png", "text": "a?"}, {"text": "b?"}]
+    (tmp_path / "0.png").write_bytes(picture(0))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+
+    def read(column: str) -> tuple[list[int], list[Problem]]:
+        problems: list[Problem] = []
+        settings = DataSettings(path=str(file), image_column=column)
+        found = list(read_questions(settings, Path(), problems))
+        return [len(example.pictures) for example in found], problems
+
+    assert read("image") == ([0, 0], [])  # the default: the column, if there
+    counts, [problem] = read("img")
+    assert counts == [1]
+    assert "there is no 'img' in ['text']" in str(problem)
 
 
 def test_a_batch_without_pictures_cannot_be_switched_but_can_be_answered(world: Path) -> None:

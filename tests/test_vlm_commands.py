@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffdistill import cli
-from diffdistill.asking import question, reply
+from diffdistill.asking import question, questions_of, reply
 from diffdistill.checkpoints import Checkpoints, restore
 from diffdistill.commands.evaluate import evaluate
 from diffdistill.commands.export import export
@@ -18,7 +19,10 @@ from diffdistill.commands.sample_answers import sample_answers
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
+from diffdistill.evaluation.contexts import solutions_of
+from diffdistill.session import build
 from tests.answer_run import answer_values, save_answer_world, stopped
+from tests.conftest import CPU
 from tests.tiny_vlm import save_seeing_world, seeing_values
 from tests.toy_run import forked, losses
 
@@ -54,6 +58,20 @@ def test_training_changes_encoder_projector_and_language_model(world: Path) -> N
         line = json.loads((world / run / "metrics.jsonl").read_text().splitlines()[0])
         total = sum(line[f"{name}/student"] for name in ("answers", "align", "switch"))
         assert line["loss/student"] == pytest.approx(total, rel=1e-5)
+
+
+def test_networks_that_are_compiled_cannot_be_switched(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    values = seeing_values(world, train={"compile": True})
+    with pytest.raises(UserError, match=r"set train\.compile: false, or method\.switch_weight: 0"):
+        build(parse_config(values), CPU)
+    assert not compiled
+    values["method"]["switch_weight"] = 0
+    build(parse_config(values), CPU)
+    assert compiled
 
 
 def test_a_run_goes_on_exactly(world: Path, tmp_path: Path) -> None:
@@ -101,6 +119,19 @@ def test_what_does_not_fit_is_told_by_a_dry_run(world: Path) -> None:
     values = seeing_values(world, roles={"student": lora})
     with pytest.raises(UserError, match="nothing of the student's vision encoder is trained"):
         dry_run(parse_config(values))
+
+
+def test_one_question_about_two_pictures_is_two(world: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": str(world / f"{number}.png"), "text": "sum?", "answer": str(number)}
+        for number in (0, 1, 0)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    session = build(parse_config(seeing_values(world, data={"path": str(file)})), CPU)
+    asked = questions_of(session)
+    assert [example.answer for example in asked] == ["0", "1"]
+    assert list(solutions_of(asked).values()) == [["0"], ["1"]]
 
 
 def test_a_question_on_an_image_is_answered_on_the_command_line(

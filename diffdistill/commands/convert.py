@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill import catalog
+from diffdistill.checkpoints import write_atomic
 from diffdistill.errors import UserError
 from diffdistill.family_building import resolve_model
+from diffdistill.lineage import converted_record, papers
 from diffdistill.pipelines import conversion, loading
 
 CONVERSIONS: dict[str, Any] = {
@@ -30,6 +32,8 @@ def convert(
 ) -> str:
     """Convert a model, and return what was done.
 
+    Where it comes from is written beside it: ``provenance.json`` and a model card.
+
     Args:
         model: A folder, or a hub id.
         output: A folder that is not there yet, or is empty.
@@ -49,6 +53,9 @@ def convert(
     spelled = mask_token or conversion.MASK_TOKEN
     options = {"mask_token": spelled, "dtype": dtype, "revision": revision}
     CONVERSIONS[to](resolve_model(model), output, **options)
+    told = {"to": to, "mask_token": mask_token, "dtype": dtype}
+    for name, content in papers(converted_record(model, output, told, revision)).items():
+        write_atomic(output / name, content)
     return _said(model, output, to)
 
 

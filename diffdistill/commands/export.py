@@ -60,7 +60,8 @@ def export(
             what peft reads, and ``model`` (``auto`` for a fully trained network) a complete
             folder for transformers; ``shadow`` is a shadow as peft reads it, and ``detached`` one
             without its base, as a model of its own.
-        role: ``student``, or ``average`` where ``train.ema`` kept one.
+        role: ``student``, or ``average`` where ``train.ema`` kept one; not one whose weights are
+            frozen, or live ones of another.
         checkpoint: Which checkpoint of the run.
 
     Raises:
@@ -71,10 +72,7 @@ def export(
         known = dict.fromkeys(LAYOUTS)
         raise UserError(f"no layout {layout!r}{catalog.near(layout, known)}; {', '.join(LAYOUTS)}")
     session, folder = restored(run, checkpoint)
-    known_roles = session.roles.by_name
-    if role not in known_roles:
-        raise UserError(f"no role {role!r} in {run}; here: {catalog.listing(known_roles)}")
-    chosen = known_roles[role]
+    chosen = _chosen(session, role, run)
     own = layout == "auto" and chosen.adapter is not None
     adapter = own or layout.endswith(("lora", "shadow"))
     record = read_record(folder) or at_step(record_of(session), _step(folder))
@@ -85,6 +83,24 @@ def export(
     weights = weights_sha256(output if output.is_dir() else written)
     _document(_told(record, session, output, adapter=adapter, weights=weights), output)
     return written
+
+
+def _chosen(session: Session, name: str, run: Path) -> Role:
+    """Return the role of that name, whose weights are a result of the run.
+
+    Raises:
+        UserError: If there is none, or its weights are another model's.
+    """
+    roles = session.roles.by_name
+    own = {n: role for n, role in roles.items() if role.settings.weights not in ("frozen", "live")}
+    if name in own:
+        return own[name]
+    if name not in roles:
+        raise UserError(f"no role {name!r} in {run}; here: {catalog.listing(own)}")
+    raise UserError(
+        f"role {name!r} of {run} has no weights of its own, they are {roles[name].settings.weights}"
+        f": export {catalog.listing(own)}"
+    )
 
 
 def _step(checkpoint: Path) -> int:
@@ -172,8 +188,6 @@ def _own_adapter(role: Role, instead: str) -> dict[str, Tensor]:
     """
     if role.adapter is None:
         raise UserError(f"{role.name} was trained fully: export it as {instead}")
-    if role.settings.weights not in ("trained", "ema", "mean"):
-        raise UserError(f"{role.name} has no weights of its own: {role.settings.weights}")
     return {n: t for n, t in role_tensors(role).items() if not n.startswith("head.")}
 
 

@@ -1,21 +1,27 @@
 """``diffdistill tessy``: data that a student and a teacher write together (arXiv:2604.14164)."""
 
+import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffdistill.checkpoints import write_atomic
 from diffdistill.commands.sessions import render
 from diffdistill.config import load_config
 from diffdistill.errors import UserError
+from diffdistill.lineage import written_record
+from diffdistill.provenance.files import beside_file, dumped
 from diffdistill.reward_building import build_answer_reward
 from diffdistill.session import default_device
 from diffdistill.synthesis.building import Workshop, open_workshop
 from diffdistill.synthesis.dependence import samples_depend_on
-from diffdistill.synthesis.fitting import fit_predictors
+from diffdistill.synthesis.fitting import REPORT, fit_predictors
 from diffdistill.synthesis.samples import check_columns, write_samples
 from diffdistill.synthesis.storing import Store
+from diffdistill.tessy_settings import FitSettings, TessySettings
 from diffdistill.types import Example
 
 SAY_EVERY = 50
@@ -75,7 +81,19 @@ def write(config: str, *, output: Path | None = None, overrides: Sequence[str] =
     write_samples(workshop, questions, store, lambda count: _say(f"{count} samples", count))
     if not store.rows:
         raise UserError(f"no sample was finished: {store.reasons()}")
+    record = written_record(checked, _as_fitted(workshop), output, workshop.device)
+    write_atomic(beside_file(output)[0], dumped(record).encode())
     return _told(workshop, store)
+
+
+def _as_fitted(workshop: Workshop) -> TessySettings:
+    """Return the settings, with ``fit`` as the predictors that wrote were made."""
+    settings = workshop.settings
+    report = Path(settings.predictors or "").expanduser() / REPORT
+    if not workshop.predictor_folders() or not report.is_file():
+        return settings
+    made = json.loads(report.read_text(encoding="utf-8"))["settings"]["fit"]
+    return replace(settings, fit=FitSettings(**made))
 
 
 def _planned(workshop: Workshop, count: int, store: Store) -> str:

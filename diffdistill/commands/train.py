@@ -20,6 +20,7 @@ from diffdistill.evaluation.text_settings import check_evaluate
 from diffdistill.feeding import Feed, open_feed
 from diffdistill.lineage import at_step, check_provenance, papers, run_record
 from diffdistill.pictures import Painter
+from diffdistill.provenance.files import read_record
 from diffdistill.reward_building import load_rewards
 from diffdistill.runs import check_fresh, claimed, write_versions
 from diffdistill.session import Session, build, check_servers
@@ -86,6 +87,7 @@ class Run(NamedTuple):
     batches: Generator[Batch]
     checkpoints: Checkpoints
     painter: Painter | Scribe
+    resumed: Path | None
 
 
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
@@ -93,9 +95,10 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     check_evaluate(config)
     _divide(config, distributed)
     session = build(config, distributed.device)
-    if open_obligations := check_provenance(session):
+    check_servers(session)  # before the record, in which a server's own name of its model is
+    before = None if resume is None else read_record(output)
+    if open_obligations := check_provenance(session, before):
         _say(distributed, open_obligations)
-    check_servers(session)
     if (reward := getattr(session.method, "reward", None)) is not None:
         load_rewards(reward)
     feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
@@ -113,7 +116,7 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
     if snapshot is not None:
         trainer.load(snapshot, path)
         _say(distributed, f"resumed from {path}")
-    return Run(trainer, batches, checkpoints, painter)
+    return Run(trainer, batches, checkpoints, painter, None if snapshot is None else path)
 
 
 def _divide(config: RunConfig, distributed: Distributed) -> None:
@@ -169,7 +172,7 @@ def _loop(run: Run, output: Path, distributed: Distributed, caught: list[int]) -
 
 def _record(run: Run, output: Path) -> None:
     """Write where the result comes from into the run's folder, and into each checkpoint."""
-    record = run_record(run.trainer.session, output)
+    record = run_record(run.trainer.session, output, run.resumed)
     run.checkpoints.attach = lambda step: papers(at_step(record, step))
     for name, content in papers(record).items():
         write_atomic(output / name, content)

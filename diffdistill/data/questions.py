@@ -74,6 +74,14 @@ def of_skills(settings: DataSettings) -> dict[str, DataSettings]:
     }
 
 
+def question_key(example: Example) -> str:
+    """Return what tells a question from others: the chat before its answer, and its pictures."""
+    messages = example.messages or ()
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return " ".join(map(str, (messages or example.text, *example.pictures)))
+
+
 def _question(row: Row, settings: DataSettings) -> list[Example]:
     """Return the question of a row.
 
@@ -101,9 +109,13 @@ def _question(row: Row, settings: DataSettings) -> list[Example]:
 def _pictures(row: Row, column: str | None) -> tuple[Shown, ...]:
     """Return the pictures in a column: files beside the row's own, or what is in the cell itself.
 
+    A column of another name than the default must be there.
+
     Raises:
         Bad: If one is no picture, or is not there.
     """
+    if column not in (None, DataSettings.image_column, *row.values):
+        raise Bad("missing picture", row.origin, f"there is no {column!r} in {sorted(row.values)}")
     value = row.values.get(column) if column else None
     cells = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(Shown(_picture(cell, row.origin)) for cell in cells)

@@ -31,7 +31,8 @@ class DataSettings:
         files: The files of ``source``, or one folder.
         image_column: The column of ``source`` with the target images; of questions, with the
             picture or pictures that they are about: paths from the row's file on, or image files in
-            the cells of a parquet file. None reads prompts only.
+            the cells of a parquet file; of questions, ``image`` is read where it is there, and any
+            other name must be there. None reads prompts only.
         prompt_column: The column with the captions, of ``source`` and of metadata files.
         reference_column: The column with the source image or images of an editing pair; where
             it is given, every example must have one. None takes ``reference`` from metadata

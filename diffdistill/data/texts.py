@@ -153,7 +153,7 @@ def _files(path: Path) -> list[Path]:
         found = [
             file
             for file in sorted(path.rglob("*"))
-            if file.suffix in known and not _is_hidden(file.relative_to(path))
+            if file.suffix in known and not _is_aside(file.relative_to(path))
         ]
         if not found:
             raise UserError(f"data.path {path} has no files of texts: {', '.join(known)}")
@@ -165,8 +165,10 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_aside(path: Path) -> bool:
+    """Return whether a file is hidden, or the record of another."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return hidden or path.name.endswith("provenance.json")
 
 
 def _document(file: Path) -> str:

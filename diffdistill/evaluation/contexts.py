@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffdistill.data.questions import question_key
 from diffdistill.evaluation.means import Means
 from diffdistill.evaluation.position_maps import consensus_gap, reverse_kl
 from diffdistill.evaluation.subject import Subject
@@ -81,7 +82,7 @@ class Contexts:
             group = range(place, place + count)
             answers = [texts[row] for row in group if right is not None and right[row]]
             example = self.asked[start + place // count]
-            known = self.solutions.get(str(example.messages), [])
+            known = self.solutions.get(question_key(example), [])
             shown = dict.fromkeys([*known, *list(dict.fromkeys(answers))[: count // 2]])
             contexts = [
                 text for text in shown if self.subject.fits(example._replace(solution=text))
@@ -152,5 +153,5 @@ def solutions_of(asked: Sequence[Example]) -> Mapping[str, list[str]]:
     found: dict[str, dict[str, None]] = {}
     for example in asked:
         if example.solution is not None:
-            found.setdefault(str(example.messages), {})[example.solution] = None
+            found.setdefault(question_key(example), {})[example.solution] = None
     return {question: list(solutions) for question, solutions in found.items()}

@@ -12,7 +12,7 @@ from uuid import NAMESPACE_URL, uuid5
 from diffdistill.errors import MissingExtra
 from diffdistill.provenance.card import license_of
 from diffdistill.provenance.files import dumped
-from diffdistill.provenance.terms import MADE, SELF, table, terms_of
+from diffdistill.provenance.terms import MADE, SELF, earlier_data, earlier_models, table, terms_of
 
 
 def bill(record: dict[str, Any]) -> str:
@@ -71,11 +71,11 @@ def _result(
     result, method = record["result"], record["method"]
     ref = f"result:{uuid5(NAMESPACE_URL, dumped(record))}"
     ancestor = _model(record["student"], components, on)
-    sets = [_data(data, components) for data in record["data"]]
+    sets = [_data(data, components) for data in [*record["data"], *earlier_data(record)]]
     told = {"method": method["name"], "config_sha256": method["config_sha256"]}
     on[ref] = [ancestor, *sets]
     parts = []
-    for model in record["teachers"] + record["judges"]:
+    for model in [*record["teachers"], *record["judges"], *earlier_models(record)]:
         found = ancestor if model["route"] in SELF else _model(model, components, on)
         on[ref].append(found)
         parts += _properties({f"{model['role']}:{model['route']}": found})
@@ -101,7 +101,7 @@ def _model(
     made = model["source"] == MADE
     told = {key: model.get(key) for key in ("source", "revision", "host")}
     told |= {f"sha256:{name}": value for name, value in (model.get("weights_sha256") or {}).items()}
-    told["terms"] = None if made else terms_of(model) or "unknown"
+    told["terms"] = None if made else ", ".join(terms_of(model)) or "unknown"
     if ref not in components:
         components[ref] = {
             "type": "application" if made else "machine-learning-model",

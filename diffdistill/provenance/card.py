@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from diffdistill.provenance.terms import earlier_data, earlier_models
+
 
 def model_card(record: Mapping[str, Any]) -> str:
     """Return a model card of a record: YAML that the hub reads, and Markdown."""
@@ -22,12 +24,14 @@ def head(record: Mapping[str, Any]) -> ModelCardData:
     own: dict[str, Any] = {}
     if on_hub:
         own["base_model_relation"] = "adapter" if result["adapter"] else "finetune"
-    taught = [_teacher(model) for model in record["teachers"]]
+    earlier = [m for m in earlier_models(record) if m["role"] != "student"]
+    taught = [_teacher(model) for model in [*record["teachers"], *earlier]]
+    sets = [*record["data"], *earlier_data(record)]
     return ModelCardData(
         license=result["license"],
         library_name=result["library"],
         base_model=student["id"] if on_hub else None,
-        datasets=[data["id"] for data in record["data"] if data["source"] == "hub"] or None,
+        datasets=[data["id"] for data in sets if data["source"] == "hub"] or None,
         tags=["distillation", "diffdistill", record["method"]["name"]],
         teacher_models=taught or None,
         **own,
@@ -50,13 +54,13 @@ def _body(record: Mapping[str, Any]) -> str:
     result, method = record["result"], record["method"]
     parts = [
         f"# {result['name']}",
-        f"Trained by diffdistill {record['tool']['version']} with the method `{method['name']}`"
+        f"Made by diffdistill {record['tool']['version']} with the method `{method['name']}`"
         + ("." if record["step"] is None else f", {record['step']} steps."),
         "## Distillation provenance",
         _table(("role", "model", "route", "revision", "license"), _models(record)),
     ]
-    if record["data"]:
-        rows = [(d["id"], d.get("revision") or d.get("sha256", "")[:12]) for d in record["data"]]
+    if sets := [*record["data"], *earlier_data(record)]:
+        rows = [(d["id"], d.get("revision") or d.get("sha256", "")[:12]) for d in sets]
         parts.append(_table(("data", "revision or hash"), rows))
     if record["obligations"]:
         parts += ["## Obligations", NOTICE]
@@ -74,8 +78,10 @@ NOTICE = (
 
 def _models(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for model in [record["student"], *record["teachers"], *record["judges"]]:
-        told = (model["role"], model["id"], model["route"], model.get("revision") or "")
+    before = earlier_models(record)
+    for model in [record["student"], *record["teachers"], *record["judges"], *before]:
+        role = f"{model['role']} (earlier)" if model in before else model["role"]
+        told = (role, model["id"], model["route"], model.get("revision") or "")
         rows.append((*told, license_of(model) or "unknown"))
     return rows
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from diffdistill.provenance.card import license_of
-from diffdistill.provenance.terms import MADE, table, terms_of
+from diffdistill.provenance.terms import MADE, earlier_data, earlier_models, table, terms_of
 
 
 def chain(record: Mapping[str, Any]) -> str:
@@ -38,17 +38,24 @@ def _tree(record: Mapping[str, Any]) -> Tree:
     result, step = record["result"], record["step"]
     made = f"{result['name']}: {record['method']['name']}"
     tree = Tree(made if step is None else f"{made}, {step} steps")
-    for model in [record["student"], *record["teachers"], *record["judges"]]:
-        branch = tree.add(_line(model))
+    before = earlier_models(record)
+    for model in [record["student"], *record["teachers"], *record["judges"], *before]:
+        branch = tree.add(f"earlier {_line(model)}" if model in before else _line(model))
         if "upstream" in model:
             past = _tree(model["upstream"])
             if model.get("as_recorded") is False:
                 past.label = f"{past.label} (its weights have changed since)"
             branch.children.append(past)
     for data in record["data"]:
-        kept = data.get("revision") or data.get("sha256")
-        tree.add(f"data {data['id']} ({data['source']}{f', {kept[:12]}' if kept else ''})")
+        tree.add(_data_line(data))
+    for data in earlier_data(record):
+        tree.add(f"earlier {_data_line(data)}")
     return tree
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    kept = data.get("revision") or data.get("sha256")
+    return f"data {data['id']} ({data['source']}{f', {kept[:12]}' if kept else ''})"
 
 
 def _line(model: Mapping[str, Any]) -> str:
@@ -59,7 +66,8 @@ def _line(model: Mapping[str, Any]) -> str:
         told.append(model["revision"][:12])
     for value in list((model.get("weights_sha256") or {}).values())[:1]:
         told.append(f"sha256 {value[:12]}")
-    told.append(f"license {license_of(model) or 'unknown'}, terms {terms_of(model) or 'unknown'}")
+    terms = " and ".join(terms_of(model)) or "unknown"
+    told.append(f"license {license_of(model) or 'unknown'}, terms {terms}")
     return f"{model['role']} {model['id']} ({', '.join(told)})"
 
 

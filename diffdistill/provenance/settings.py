@@ -14,8 +14,8 @@ class ProvenanceSettings:
         name: The name under which the result will be published; terms that ask for a name are
             checked against it. None takes the name of the folder it is exported to.
         license: The license of the result, by its id on the hub; your choice. None states none.
-        terms: By role, the entry of ``diffdistill provenance --terms`` that holds for its model,
-            where that is not what the model says, or it says nothing.
+        terms: By role or reward, the entry of ``diffdistill provenance --terms`` that holds for its
+            model, where that is not what the model says, or it says nothing.
         acknowledged: Obligations that you have met, or that do not hold for you, by their id.
     """
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
 from ipaddress import ip_address
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +41,9 @@ class Terms:
         outputs: What they say about training on outputs.
         spdx: Id of the SPDX list.
         licenses: Ids on the hub.
-        models: Patterns of hub ids that are under them, whatever a card says or does not.
+        models: Patterns of hub ids that are under them, where no license of the table is stated.
+        also: Patterns of ids that are under them besides what is stated: of models that were tuned
+            from such a model and published under another license.
         hosts: Where a server under them is.
         obligations: What they ask for.
     """
@@ -54,6 +57,7 @@ class Terms:
     spdx: str | None = None
     licenses: list[str] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
     obligations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -75,17 +79,21 @@ def table() -> Table:
     return Table(content["version"], content["compiled"], entries)
 
 
-def check_stated(settings: ProvenanceSettings, roles: Sequence[str]) -> None:
-    """Refuse terms that are stated of no role, or are not in the table.
+def check_stated(settings: ProvenanceSettings, named: Sequence[str]) -> None:
+    """Refuse terms that are stated of no role or reward, or are not in the table.
+
+    Args:
+        settings: What the config says.
+        named: Its roles and rewards.
 
     Raises:
         UserError: If there are such.
     """
     for role, name in settings.terms.items():
-        if role not in roles:
-            known = dict.fromkeys(roles)
+        if role not in named:
+            known = dict.fromkeys(named)
             raise UserError(
-                f"provenance.terms: no role {role!r}{catalog.near(role, known)}; "
+                f"provenance.terms: no role or reward {role!r}{catalog.near(role, known)}; "
                 f"{catalog.listing(known)}"
             )
         if name not in table().entries:
@@ -96,23 +104,29 @@ def check_stated(settings: ProvenanceSettings, roles: Sequence[str]) -> None:
             )
 
 
-def terms_of(model: Mapping[str, Any]) -> str | None:
-    """Return the name of the terms of a model, by the first of: stated, host, license, hub id.
+def terms_of(model: Mapping[str, Any]) -> list[str]:
+    """Return the names of the terms of a model: by the first of stated, host, license and hub id.
 
-    None is unknown. Somebody else's server has terms of its own, whatever model it says it has.
+    Of a model that was tuned from another, the other's are added by its id. None at all is unknown.
+    Somebody else's server has terms of its own, whatever model it says it has.
     """
     if stated := model.get("terms_stated"):
-        return str(stated)
+        return [str(stated)]
     entries, license_ = table().entries, model.get("license") or {}
     ids = {license_.get("license"), license_.get("license_name")} - {None, "other"}
     own = "host" not in model or _is_private(model["host"] or "")
     asked = (
         lambda terms: model.get("host") in terms.hosts,
         lambda terms: bool(ids & set(terms.licenses)),
-        lambda terms: own and any(fnmatch(model["id"], pattern) for pattern in terms.models),
+        lambda terms: own and _fits(model["id"], terms.models),
     )
     found = (name for rule in asked for name, terms in entries.items() if rule(terms))
-    return next(found, None)
+    also = [name for name, terms in entries.items() if own and _fits(model["id"], terms.also)]
+    return list(dict.fromkeys([*islice(found, 1), *also]))
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _is_private(host: str) -> bool:
@@ -139,11 +153,23 @@ def models_of(record: Mapping[str, Any]) -> list[Used]:
     return list(_used(record, "weights", 0))
 
 
+def earlier_models(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the models that a run had before it went on with others."""
+    return [entry for entry in record.get("earlier", []) if entry["role"] != "data"]
+
+
+def earlier_data(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the data that a run had before it went on with other data."""
+    return [entry for entry in record.get("earlier", []) if entry["role"] == "data"]
+
+
 def _used(
     record: Mapping[str, Any], of: Literal["weights", "outputs"], hops: int
 ) -> Iterator[Used]:
     others = [m for m in record["teachers"] + record["judges"] if m.get("route") not in SELF]
+    before = earlier_models(record)
     own = [Used(record["student"], of, hops), *(Used(m, "outputs", hops) for m in others)]
+    own += [Used(m, of if m["role"] == "student" else "outputs", hops) for m in before]
     yield from (used for used in own if used.model["source"] != MADE)
     for used in own:
         if "upstream" in used.model:
@@ -181,21 +207,21 @@ def judged(
 
 def _asked(used: Used) -> Iterator[dict[str, Any]]:
     """Yield what the terms of one model ask for, of weights or of outputs as it was used."""
-    model, hops, name = used.model, used.hops, terms_of(used.model)
-    if name is None and "upstream" in model:
+    model, hops, names = used.model, used.hops, terms_of(used.model)
+    if not names and "upstream" in model:
         return  # made by this toolkit: what it is bound to is what its past is bound to
-    if name is None:
+    if not names:
         text = (
             "the terms of this model are not known: state them, or read them and acknowledge this"
         )
         yield {"id": f"unknown/{model['id']}", "kind": "unknown", "text": text, "hops": hops}
-        return
-    terms = table().entries[name]
-    for item in terms.obligations:
-        if used.of in item["of"]:
-            kept = {key: value for key, value in item.items() if key not in ("id", "of")}
-            source = {"url": terms.url, "read": terms.read, "evidence": terms.evidence}
-            yield {"id": f"{name}/{item['id']}", **kept, **source, "hops": hops}
+    for name in names:
+        terms = table().entries[name]
+        for item in terms.obligations:
+            if used.of in item["of"]:
+                kept = {key: value for key, value in item.items() if key not in ("id", "of")}
+                source = {"url": terms.url, "read": terms.read, "evidence": terms.evidence}
+                yield {"id": f"{name}/{item['id']}", **kept, **source, "hops": hops}
 
 
 def _status(item: Mapping[str, Any], settings: ProvenanceSettings, name: str | None) -> Status:

@@ -27,6 +27,8 @@ from diffdistill.synthesis.storing import Store
 from diffdistill.tessy_settings import FitSettings
 from diffdistill.types import Example
 
+REPORT = "report.json"
+"""What is known of predictors, in their folder."""
 REPLY_TOKENS = 1024
 """Of an annotator's reply, at most."""
 REQUEST_TOKENS = 2**15
@@ -66,7 +68,7 @@ def fit_predictors(
         "revisions": revisions(workshop, AUTHORS),
         "predictors": {author: fitted._asdict() for author, fitted in found.items()},
     }
-    write_atomic(output / "report.json", json.dumps(report, indent=1).encode())
+    write_atomic(output / REPORT, json.dumps(report, indent=1).encode())
     return found
 
 

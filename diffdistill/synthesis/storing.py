@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffdistill.authorship import about_file
 from diffdistill.checkpoints import write_atomic
 from diffdistill.errors import UserError
 
@@ -47,7 +48,7 @@ class Store:
     @property
     def about(self) -> Path:
         """The file that says what all samples depend on."""
-        return self.path.with_name(f"{self.path.stem}-about.json")
+        return about_file(self.path)
 
     @property
     def failures(self) -> Path:
