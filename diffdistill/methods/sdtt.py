@@ -8,7 +8,7 @@ the step that settled it. In rounds: the student becomes the teacher, and the st
 import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from diffdistill.choices import sampled_tokens
 from diffdistill.divergences import logprob_mse, masked_mean, total_variation
 from diffdistill.draws import Draws
-from diffdistill.method import Method
+from diffdistill.method import CountsUpdates, Method
 from diffdistill.noising import MaskNoise, mask_rate, uniform
 from diffdistill.projection import (
     Prediction,
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class SDTT(Method):
+class SDTT(CountsUpdates, Method):
     """Match several sampling steps of the teacher with one of the student.
 
     The student's first weights should be the first teacher's. In round r, from 0, a teacher's step
@@ -112,7 +112,6 @@ class SDTT(Method):
                 f"num_steps must be at least teacher_steps * last_steps = "
                 f"{self.teacher_steps * self.last_steps}, not {self.num_steps}"
             )
-        self.updates = 0
 
     @property
     def rounds(self) -> int:
@@ -193,15 +192,3 @@ class SDTT(Method):
                 self.round_updates, self.round_updates * self.rounds, self.round_updates
             )
         }
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """Count an update."""
-        self.updates += 1
-
-    def state(self) -> dict[str, Any]:
-        """Return the number of updates."""
-        return {"updates": self.updates}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on counting."""
-        self.updates = int(state["updates"])

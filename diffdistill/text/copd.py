@@ -16,6 +16,7 @@ from torch import Tensor
 from diffdistill.closeness import closeness_maps
 from diffdistill.divergences import masked_mean
 from diffdistill.estimators import log_ratio
+from diffdistill.method import CountsUpdates
 from diffdistill.policy import Mean
 from diffdistill.projection import Prediction, token_logprob, token_maps
 from diffdistill.text.answering import Attempt, sampler_gap
@@ -41,7 +42,7 @@ class PhaseStarts:
 
 
 @dataclass(kw_only=True)
-class CoPD(Rewarded):
+class CoPD(CountsUpdates, Rewarded):
     """Train an expert for each skill, who teach each other while they learn.
 
     Attributes:
@@ -108,7 +109,6 @@ class CoPD(Rewarded):
     def __post_init__(self) -> None:
         """Check the options, and make each expert's own GRPO."""
         super().__post_init__()
-        self.updates = 0
         if min(self.rewarded_steps, self.shared_steps) < 0 or self.cycle == 0:
             raise ValueError("rewarded_steps and shared_steps must be at least 0, and not both 0")
         if self.scale_rewards == "batch":
@@ -152,18 +152,6 @@ class CoPD(Rewarded):
             return {}
         starts = PhaseStarts(self.rewarded_steps % self.cycle, self.cycle)
         return {f"{name}{BEFORE}": starts for name in self._experts}
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """Count an update."""
-        self.updates += 1
-
-    def state(self) -> dict[str, Any]:
-        """Return the number of updates."""
-        return {"updates": self.updates}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on counting."""
-        self.updates = int(state["updates"])
 
     def peers_of(self, name: str) -> list[str]:
         """Return the names of the experts that an expert learns from."""
