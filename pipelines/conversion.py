@@ -6,6 +6,7 @@ tokenizer, and its embedding. The result predicts nothing of use until it is tra
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def to_block_diffusion(
     """Write an autoregressive LM as a block-diffusion one; return its folder.
 
     The folder is what transformers writes: ``config.json`` with ``is_causal`` false and
-    ``mask_token_id``, safetensors, the tokenizer with its chat template. It opens as the same
-    class as before.
+    ``mask_token_id``, safetensors, the tokenizer with its chat template, and the license that lay
+    beside the source. It opens as the same class as before.
 
     Args:
         source: A folder, or a hub id.
@@ -98,7 +99,7 @@ def _convert(
     network.config.is_causal = False
     check_network(network, source, blocks=blocks)
     network.config.mask_token_id = add_mask_token(network, tokenizer, mask_token)
-    _write(network, tokenizer, target)
+    _write(network, tokenizer, target, terms=[folder / name for name in loading.LICENSES])
     return target
 
 
@@ -199,13 +200,15 @@ def add_mask_token(network: Any, tokenizer: Any, mask_token: str = MASK_TOKEN) -
     return mask_id
 
 
-def _write(network: Any, tokenizer: Any, target: Path) -> None:
+def _write(network: Any, tokenizer: Any, target: Path, terms: Iterable[Path]) -> None:
     aside = target.with_name(f"{target.name}.writing-{os.getpid()}")
     with loading.explained(f"write {target}"):
         aside.mkdir(parents=True)
         try:
             network.save_pretrained(str(aside))
             tokenizer.save_pretrained(str(aside))
+            for file in filter(Path.is_file, terms):
+                shutil.copyfile(file, aside / file.name)
             if target.exists():
                 target.rmdir()
             aside.rename(target)

@@ -24,7 +24,8 @@ Attention = Literal["auto", "sdpa", "flash", "xformers"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-TERMS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
+TERMS = ("README.md", *LICENSES)
 SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")
 
 

@@ -43,7 +43,9 @@ def source(tmp_path: Path) -> Path:
 
 def test_a_converted_model_says_what_it_was_made_from(source: Path, tmp_path: Path) -> None:
     (source / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    (source / "LICENSE").write_text("the license")
     convert(str(source), tmp_path / "Llama-target")
+    assert (tmp_path / "Llama-target" / "LICENSE").read_text() == "the license"
     record = open_record(tmp_path / "Llama-target")
     assert (record["method"]["name"], record["student"]["id"]) == ("convert", "source")
     assert str(tmp_path) not in dumped(record)

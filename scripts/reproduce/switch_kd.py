@@ -61,8 +61,10 @@ ALIGN, SWITCH = "method.switch_weight=0", "method.align_weight=0"
 ARMS = {
     "answers alone": Arm(CONFIG, [ALIGN, SWITCH]),
     "KL": Arm(CONFIG, [*KL, ALIGN]),
+    "KL, temperature 1": Arm(CONFIG, [*KL, ALIGN, "method.temperature=1"]),
     "reverse KL": Arm(CONFIG, ["method.divergence=reverse-kl", SQUARED, ALIGN]),
     "DBiLD": Arm(CONFIG, [ALIGN]),
+    "DBiLD, temperature 1": Arm(CONFIG, [ALIGN, "method.temperature=1"]),
     "DBiLD, squared": Arm(CONFIG, [ALIGN, SQUARED]),
     "DBiLD + switch": Arm(CONFIG, []),
     "DBiLD + switch, squared": Arm(CONFIG, [SQUARED]),
@@ -172,7 +174,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"Made by `python scripts/reproduce/switch_kd.py --seeds {seeds} --steps "
         f"{results['steps']}`. All arms go on from `digits-vlm-student` for {results['steps']} "
         "steps of 32 of 1500 questions, with the answers' cross-entropy and what their names say, "
-        f"weight 1 and temperature 3. {results['questions']} questions about scans that are in no "
+        "weight 1 and temperature 3 where no other is named. "
+        f"{results['questions']} questions about scans that are in no "
         f"picture of training; mean and standard deviation over {seeds} training seeds. Right: "
         "the share of greedy answers that are exactly right. Losses are those of the held-out "
         "answers: their cross-entropy, DBiLD of the student from the teacher, and DBiLD of the "
