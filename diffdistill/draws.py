@@ -32,10 +32,11 @@ class Draws:
         ]
         return torch.stack(rows).to(ids.device)
 
-    def uniform(self, purpose: str, ids: Tensor) -> Tensor:
-        """Return float32 numbers ``[B]`` in [0, 1) on the device of ``ids``."""
+    def uniform(self, purpose: str, ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        """Return float32 numbers ``[B, *shape]`` in [0, 1), on the device of ``ids``."""
         rows = [
-            torch.rand((), generator=self.generator(purpose, number)) for number in ids.tolist()
+            torch.rand(tuple(shape), generator=self.generator(purpose, number))
+            for number in ids.tolist()
         ]
         return torch.stack(rows).to(ids.device)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from diffdistill.chunks import num_chunks, select_whole, tokens_of, touched
 from diffdistill.divergences import masked_mean
 from diffdistill.draws import Draws
-from diffdistill.noising import uniform
 from diffdistill.texts import Text
 
 
@@ -64,7 +63,7 @@ def hide(draws: Draws, ids: Tensor, text: Text, usable: Tensor, *, t_low: float)
         t_low: Smallest noise level; one level for each sample, uniform from here to 1.
     """
     t = t_low + (1.0 - t_low) * draws.uniform("time", ids)
-    numbers = uniform(draws, "mask", ids, text.tokens.shape[1:])
+    numbers = draws.uniform("mask", ids, text.tokens.shape[1:])
     mask = text.maskable & (numbers < t[:, None])
     active = touched(mask, text.chunks, usable.shape[1]) & usable
     return Hidden(mask | tokens_of(active, text.chunks), active, t)

@@ -94,7 +94,7 @@ class MaskNoise:
         t = span_times(draws, f"{purpose}/t", ids, drawn, stratify=self.stratify)[:, :num_spans]
         t = self.low + (self.high - self.low) * t
         level = per_token(t, length, self.block)
-        numbers = uniform(draws, f"{purpose}/token", ids, (length,))
+        numbers = draws.uniform(f"{purpose}/token", ids, (length,))
         masked = (numbers < level) & maskable
         if self.resample:
             masked = self._resampled(masked, level, maskable, draws, ids, purpose)
@@ -114,7 +114,7 @@ class MaskNoise:
             outside = self._outside(masked, maskable)
             if not outside.any():
                 return masked
-            numbers = uniform(draws, f"{purpose}/token/{attempt}", ids, level.shape[1:])
+            numbers = draws.uniform(f"{purpose}/token/{attempt}", ids, level.shape[1:])
             again = (numbers < level) & maskable
             masked = torch.where(per_token(outside, level.shape[1], self.block), again, masked)
         outside = per_token(self._outside(masked, maskable), level.shape[1], self.block)
@@ -135,15 +135,6 @@ class MaskNoise:
         return span_ranks(numbers, maskable, self.block) < count
 
 
-def uniform(draws: Draws, purpose: str, ids: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Return float32 numbers ``[B, *shape]`` in [0, 1), keyed by sample."""
-    rows = [
-        torch.rand(tuple(shape), generator=draws.generator(purpose, number))
-        for number in ids.tolist()
-    ]
-    return torch.stack(rows).to(ids.device)
-
-
 def span_times(
     draws: Draws, purpose: str, ids: Tensor, num_spans: int, *, stratify: int = 1
 ) -> Tensor:
@@ -154,7 +145,7 @@ def span_times(
     bd3lms, which goes through the parts in the order of samples and blocks. There the first block
     always has the lowest levels of its sample; here each level alone is uniform.
     """
-    within = uniform(draws, purpose, ids, (num_spans,))
+    within = draws.uniform(purpose, ids, (num_spans,))
     if stratify == 0:
         return within
     parts = stratify * num_spans
@@ -295,7 +286,7 @@ def likelihood_bound(
     def draw(index: int) -> tuple[Tensor, Tensor, Tensor]:
         times = _levels(draws, ids, num_spans, index, num_draws, spread)
         count = per_token((times * total).floor().add(1).minimum(total), length, block)
-        numbers = uniform(draws, f"bound/{index}/token", ids, (length,))
+        numbers = draws.uniform(f"bound/{index}/token", ids, (length,))
         masked = span_ranks(numbers, maskable, block) < count
         weight = per_token(total, length, block) / count.clamp(min=1)
         return torch.where(masked, mask_id, clean), masked, weight
@@ -309,7 +300,7 @@ def _levels(
     """Return a number in [0, 1) for each span of one of the draws, ``[B, spans]``."""
     if spread == "spans":
         return span_times(draws, f"bound/{index}/k", ids, num_spans)
-    within = uniform(draws, f"bound/{index}/k", ids, (num_spans,))
+    within = draws.uniform(f"bound/{index}/k", ids, (num_spans,))
     if spread == "none":
         return within
     rows = [

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
-from diffdistill.noising import uniform
 from diffdistill.pipelines.block_diffusion import positions_of, project
 from diffdistill.pipelines.causal_sampling import positions_in, sample_answers
 from diffdistill.pipelines.chats import Row, joined
@@ -140,7 +139,7 @@ class CausalLM(NetworkFamily):
             network,
             condition["prompt"],
             condition["pads"],
-            uniform(draws, purpose, ids, (sampling.max_tokens,)),
+            draws.uniform(purpose, ids, (sampling.max_tokens,)),
             sampling,
             end_ids=self.end_ids,
             pad_id=self.pad_id,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffdistill.choices import invert
 from diffdistill.draws import Draws
-from diffdistill.noising import uniform
 
 Schedule = Literal["low-confidence", "random", "threshold", "first-hitting"]
 
@@ -103,7 +102,7 @@ class Unmasking:
         while bool(masked.any()):
             remaining = masked.sum(1)
             if self.schedule == "first-hitting":
-                numbers = uniform(draws, f"{purpose}/{index}/t", ids, ())
+                numbers = draws.uniform(f"{purpose}/{index}/t", ids, ())
                 t = t * next_time(numbers.double(), remaining)
             else:
                 t = remaining.double() / total.clamp(min=1)
@@ -135,7 +134,7 @@ class Unmasking:
         """Return which masked tokens settle, ``[B, W]``; at least one of a row that has some."""
         score = confidence
         if self.schedule in ("random", "first-hitting"):
-            score = uniform(draws, f"{purpose}/{index}/place", ids, masked.shape[1:])
+            score = draws.uniform(f"{purpose}/{index}/place", ids, masked.shape[1:])
         score = score.double().masked_fill(~masked, NEVER)
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         if self.schedule == "threshold":

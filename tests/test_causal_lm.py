@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
-from diffdistill.noising import uniform
 from diffdistill.pipelines.causal_lm import CausalLM
 from diffdistill.pipelines.causal_sampling import answers_of, sample_answers
 from diffdistill.pipelines.prompts import prompt_condition
@@ -196,7 +195,7 @@ def test_tokens_are_where_the_nucleus_adds_up_to_the_rows_number(root: Path) -> 
     family = family_of(root)
     network = family.network()
     answers = sampled(family, network, WARPED)
-    numbers = uniform(Draws(3), "rollout", torch.arange(3), (6,))
+    numbers = Draws(3).uniform("rollout", torch.arange(3), (6,))
     for row, prompt in enumerate(PROMPTS):
         tokens = answers.tokens[row][answers.mask[row]].tolist()
         for place, logits in enumerate(plain(network, list(prompt), tokens).double()):
@@ -284,7 +283,7 @@ def test_answers_are_drawn_in_proportion_to_the_models_probabilities(root: Path)
     network: Any = family.network()
     count = 2000
     told = prompt_condition([PROMPTS[0]] * count, family)
-    numbers = uniform(Draws(0), "many", torch.arange(count), (1,))
+    numbers = Draws(0).uniform("many", torch.arange(count), (1,))
     answers = sample_answers(
         network, told["prompt"], told["pads"], numbers, Sampling(max_tokens=1, top_k=4),
         end_ids=family.end_ids, pad_id=family.pad_id, words=family.words,

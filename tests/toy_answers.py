@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from diffdistill.draws import Draws
 from diffdistill.exposures import reveal
-from diffdistill.noising import uniform
 from diffdistill.projection import Projection, dense
 from diffdistill.rollouts import Answers, Sampling
 from diffdistill.texts import Reader
@@ -75,7 +74,7 @@ class Questions:
         length = min(sampling.max_tokens, LENGTH)
         tokens = torch.zeros(len(batch["ids"]), length, dtype=torch.int64)
         logprobs = torch.zeros(tokens.shape, dtype=torch.float64)
-        numbers = uniform(draws, purpose, batch["ids"], (length,))
+        numbers = draws.uniform(purpose, batch["ids"], (length,))
         for place in range(length):
             told = self.condition(batch, reader=reader)
             logits = dense(actor(State(tokens, torch.zeros(len(tokens))), told))

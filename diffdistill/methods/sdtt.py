@@ -17,7 +17,7 @@ from diffdistill.choices import sampled_tokens
 from diffdistill.divergences import logprob_mse, masked_mean, total_variation
 from diffdistill.draws import Draws
 from diffdistill.method import CountsUpdates, Method
-from diffdistill.noising import MaskNoise, mask_rate, uniform
+from diffdistill.noising import MaskNoise, mask_rate
 from diffdistill.projection import (
     Prediction,
     TokenMap,
@@ -168,9 +168,9 @@ class SDTT(CountsUpdates, Method):
             rows = newest if rows is None else torch.where(left[..., None], newest, rows)
             if number + 1 == self.teacher_steps:
                 break  # what is left has this step's prediction, settled by it or not
-            numbers = uniform(self.draws, f"settle/{number}", ids, x.shape[1:])
+            numbers = self.draws.uniform(f"settle/{number}", ids, x.shape[1:])
             settled = left & (numbers < (self.step / t)[:, None])
-            numbers = uniform(self.draws, f"token/{number}", ids, x.shape[1:])
+            numbers = self.draws.uniform(f"token/{number}", ids, x.shape[1:])
             tokens = sampled_tokens(at(found, settled), numbers[settled])
             x, left = x.masked_scatter(settled, tokens), left & ~settled
         assert rows is not None

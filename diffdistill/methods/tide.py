@@ -40,7 +40,6 @@ from diffdistill.hiding import (
     usable_chunks,
 )
 from diffdistill.method import Method
-from diffdistill.noising import uniform
 from diffdistill.projection import (
     Prediction,
     at,
@@ -216,7 +215,7 @@ class Tide(Method):
         with torch.no_grad():
             if exposure in {0.0, 1.0}:
                 return self._pass(batch, answer, hidden, [active])[0]
-            numbers = uniform(self.draws, "reveal", batch["ids"], active.shape[1:])
+            numbers = self.draws.uniform("reveal", batch["ids"], active.shape[1:])
             halves = complementary(active, numbers, exposure)
             if self.passes == "doubled":
                 first, second = self._pass(batch, answer, hidden, halves)

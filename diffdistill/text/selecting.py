@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.noising import uniform
 from diffdistill.projection import Prediction, TokenMap, token_maps
 from diffdistill.selection import Rule, Scope, select_tokens, token_scores
 from diffdistill.supports import TopK
@@ -91,7 +90,7 @@ class Selecting(Answering):
             return mask
         numbers = None
         if self.select_sampled:
-            numbers = uniform(self.draws, "select", attempt.batch["ids"], mask.shape[1:])
+            numbers = self.draws.uniform("select", attempt.batch["ids"], mask.shape[1:])
         return select_tokens(
             self._scores(attempt, theirs, progress), mask, self.retention, numbers=numbers
         )
