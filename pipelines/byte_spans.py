@@ -112,15 +112,17 @@ class Speller:
             for token, piece in enumerate(pieces)
         ]
 
+    def added_text(self, token: int) -> str:
+        """Return the text of an added token, without any spaces that it takes along."""
+        text: str = self._added[token].content
+        return text.replace(self._space, " ") if self.kind == "metaspace" else text
+
     def _added_word(self, token: int) -> bytes | None:
         """Return the bytes of an added token, None where it is special or no fixed text."""
         added = self._added.get(token)
         if added is None or added.special or added.lstrip or added.rstrip:
             return None
-        text = added.content
-        if text == self._unknown:
-            return None
-        return (text.replace(self._space, " ") if self.kind == "metaspace" else text).encode()
+        return None if added.content == self._unknown else self.added_text(token).encode()
 
     def _spelled(self, token: int, piece: str) -> bytes | None:
         """Return the bytes of a token that its string alone tells, None where it does not."""
