@@ -101,12 +101,14 @@ class Speller:
         return Spelling(data, tuple(encoding.ids), tuple(spans), special)
 
     def vocabulary(self) -> list[bytes | None]:
-        """Return what each token id spells, None for special tokens and unknown ones.
+        """Return what each id up to the largest spells, None for special, unknown and unused ones.
 
         Words that were added to a vocabulary without being special (runs of spaces, in many) are
         text as any, unless they take spaces around them along.
         """
-        pieces = [self._core.id_to_token(i) for i in range(self._core.get_vocab_size())]
+        pieces = [
+            self._core.id_to_token(i) for i in range(1 + max(self._core.get_vocab().values()))
+        ]
         return [
             None if piece is None else self._added_word(token) or self._spelled(token, piece)
             for token, piece in enumerate(pieces)
