@@ -8,7 +8,7 @@ from diffdistill.boxes import last_box
 
 
 def counted(text: str) -> str | None:
-    """Return the box that is opened last of a text without other backslashes, by counting braces."""
+    """Return the box that is opened last; of a text without other backslashes, by counting."""
     start = text.rfind("\\boxed{")
     for end in range(start + len("\\boxed{"), len(text) + 1) if start >= 0 else ():
         if text[start:end].count("{") == text[start:end].count("}"):
