@@ -9,6 +9,7 @@ import math
 import re
 from itertools import pairwise
 
+from diffdistill.boxes import Box, last_box
 from diffdistill.errors import UserError
 from diffdistill.types import Example
 
@@ -21,8 +22,6 @@ _RULES = (
     re.compile(r"\n\s*|[.!?][)\]\"'$]*\s+|[\u3002\uff01\uff1f]\s*"),  # sentences
 )
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-
 
 def segments(solution: str) -> list[str]:
     """Return the parts of a solution, which joined are the solution again.
@@ -31,7 +30,7 @@ def segments(solution: str) -> list[str]:
     enough; else its sentences, however few. A segment ends with the white space that follows it,
     and none is blank unless the solution is. The final box is never divided.
     """
-    box = _last_box(solution) or (0, 0)
+    box = last_box(solution)
     found: list[str] = []
     for rule in _RULES:
         found = _divided(solution, rule, box)
@@ -40,19 +39,10 @@ def segments(solution: str) -> list[str]:
     return found
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return what is in the last ``\boxed{...}`` whose braces are balanced; None without one.
-
-    Of boxes within boxes the outermost. Braces after a backslash do not count.
-    """
-    box = _last_box(text)
-    return None if box is None else text[text.index("{", box[0]) + 1 : box[1] - 1]
-
-
 def final_answer(solution: str) -> str | None:
     r"""Return the last ``\boxed{...}`` itself, as the solution has it; None without one."""
-    box = _last_box(solution)
-    return None if box is None else solution[box[0] : box[1]]
+    box = last_box(solution)
+    return None if box is None else solution[box.start : box.stop]
 
 
 def reveal(solution: str, exposure: float, answer: str | None = None) -> str:
@@ -75,10 +65,10 @@ def reveal(solution: str, exposure: float, answer: str | None = None) -> str:
     parts = segments(solution)
     # 0.29 * 100 is a little less than 29
     shown = "".join(parts[: math.floor(exposure * len(parts) + 1e-9)])
-    box = _last_box(solution)
-    if len(shown) == len(solution) > 0 or (box is not None and box[1] <= len(shown)):
+    box = last_box(solution)
+    if len(shown) == len(solution) > 0 or (box is not None and box.stop <= len(shown)):
         return shown
-    return shown + ((answer or "") if box is None else solution[box[0] : box[1]])
+    return shown + ((answer or "") if box is None else solution[box.start : box.stop])
 
 
 def check_answer(example: Example, exposure: float | None) -> None:
@@ -103,24 +93,11 @@ def check_answer(example: Example, exposure: float | None) -> None:
         )
 
 
-def _last_box(text: str) -> tuple[int, int] | None:
-    """Return where the last box that is not within another starts and ends."""
-    opened: list[int | None] = []
-    last = None
-    for match in _BRACES.finditer(text):
-        token = match.group()
-        if token == "}" and opened:
-            start = opened.pop()
-            last = last if start is None else (start, match.end())
-        elif token.endswith("{") and token != "\\{":
-            opened.append(match.start() if token != "{" else None)
-    return last
-
-
-def _divided(text: str, rule: re.Pattern[str], box: tuple[int, int]) -> list[str]:
+def _divided(text: str, rule: re.Pattern[str], box: Box | None) -> list[str]:
     """Return the text cut after each match of the rule, but not before it starts or in the box."""
     first = len(text) - len(text.lstrip())
     ends = (match.end() for match in rule.finditer(text))
-    cuts = [end for end in ends if first < end < len(text) and not box[0] < end < box[1]]
+    inside = range(0) if box is None else range(box.start + 1, box.stop)
+    cuts = [end for end in ends if first < end < len(text) and end not in inside]
     places = [0, *cuts, len(text)]
     return [text[a:b] for a, b in pairwise(places) if a < b]

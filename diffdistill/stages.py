@@ -160,16 +160,28 @@ def _stage(name: str, settings: StageSettings, overrides: Sequence[str]) -> Stag
     checked = parse_config(values, f"stage {name}")
     if catalog.load("method", checked.method["name"]).kind() == "pictures":
         raise UserError(f"stage {name}: a pipeline is of language models")
-    if checked.roles["student"].adapter == "shadow":
-        raise UserError(
-            f"stage {name}: roles.student.adapter: a shadow cannot be merged into the model that a "
-            "stage leaves to others: take lora"
-        )
+    _check_whole(name, checked)
     if settings.least_gain is not None and not checked.rewards:
         raise UserError(f"stage {name}: least_gain needs rewards to measure by")
     if settings.most_kl is not None or settings.least_overlap is not None:
         _check_close(name, checked)
     return Stage(name, settings, values, tuple(dict.fromkeys(_references(values))))
+
+
+def _check_whole(name: str, config: RunConfig) -> None:
+    """Refuse a student that cannot be exported as the whole model that a stage leaves to others."""
+    student = config.roles["student"]
+    if student.adapter == "shadow":
+        raise UserError(
+            f"stage {name}: roles.student.adapter: a shadow cannot be merged into the model that a "
+            "stage leaves to others: take lora"
+        )
+    stored = (student.family or config.family).get("quantize", "none")
+    if stored != "none":
+        raise UserError(
+            f"stage {name}: family.quantize: {stored} stores the student rounded, and no adapter "
+            "can be merged into it for the model that a stage leaves to others: take none"
+        )
 
 
 def _check_close(name: str, config: RunConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from diffdistill.boundaries import WordRule
+from diffdistill.errors import UserError
 
 Mode = Literal[
     "tessy",
@@ -90,7 +91,8 @@ class TessySettings:
             paper, for two vocabularies), ``extend`` to its end (the code), or cut it ``exact``
             (ours, for models that read the same after any character).
         predictors: The folder that ``diffdistill tessy fit-predictors`` made.
-        context: Tokens of the thinking, its last, that a predictor sees (200 in the code).
+        context: Tokens of the thinking, its last, that a predictor sees (200 in the code): no less
+            than a step, whose first tokens it would never judge.
         opens: How the student's answers begin, before it thinks.
         closes: What comes between its thinking and its final answer.
         teacher_opens: The same of the teacher, in its own format; None is the student's.
@@ -145,3 +147,17 @@ class TessySettings:
     batch_size: PositiveInt = 8
     seed: int = 0
     fit: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        """Check that a predictor sees all of a step.
+
+        Raises:
+            UserError: If it does not.
+        """
+        for name in ("student_step", "teacher_step"):
+            if getattr(self, name) > self.context:
+                raise UserError(
+                    f"tessy.{name} is {getattr(self, name)} and tessy.context {self.context}: the "
+                    "first tokens of a step would never be judged; take a shorter step or a larger "
+                    "context"
+                )

@@ -101,26 +101,30 @@ class Speller:
         return Spelling(data, tuple(encoding.ids), tuple(spans), special)
 
     def vocabulary(self) -> list[bytes | None]:
-        """Return what each token id spells, None for special tokens and unknown ones.
+        """Return what each id up to the largest spells, None for special, unknown and unused ones.
 
         Words that were added to a vocabulary without being special (runs of spaces, in many) are
         text as any, unless they take spaces around them along.
         """
-        pieces = [self._core.id_to_token(i) for i in range(self._core.get_vocab_size())]
+        pieces = [
+            self._core.id_to_token(i) for i in range(1 + max(self._core.get_vocab().values()))
+        ]
         return [
             None if piece is None else self._added_word(token) or self._spelled(token, piece)
             for token, piece in enumerate(pieces)
         ]
+
+    def added_text(self, token: int) -> str:
+        """Return the text of an added token, without any spaces that it takes along."""
+        text: str = self._added[token].content
+        return text.replace(self._space, " ") if self.kind == "metaspace" else text
 
     def _added_word(self, token: int) -> bytes | None:
         """Return the bytes of an added token, None where it is special or no fixed text."""
         added = self._added.get(token)
         if added is None or added.special or added.lstrip or added.rstrip:
             return None
-        text = added.content
-        if text == self._unknown:
-            return None
-        return (text.replace(self._space, " ") if self.kind == "metaspace" else text).encode()
+        return None if added.content == self._unknown else self.added_text(token).encode()
 
     def _spelled(self, token: int, piece: str) -> bytes | None:
         """Return the bytes of a token that its string alone tells, None where it does not."""

@@ -171,10 +171,13 @@ class LocalWriter(Writer):
     @cached_property
     def _pieces(self) -> list[bytes]:
         """What each token spells; of special tokens, nothing, but for markers."""
-        pieces = [piece or b"" for piece in self.family.speller.vocabulary()]
+        speller = self.family.speller
+        pieces = [piece or b"" for piece in speller.vocabulary()]
         for token, added in self.family.tokenizer.added_tokens_decoder.items():
-            if not added.special or added.content in self.format.ends:
+            if added.content in self.format.ends:
                 pieces[token] = added.content.encode()
+            elif not added.special and not pieces[token]:
+                pieces[token] = speller.added_text(token).encode()
         return pieces
 
 

@@ -163,7 +163,7 @@ def test_a_rule_that_is_none_is_an_error() -> None:
 def test_quotes_are_read_from_a_reply_with_words_around_them() -> None:
     assert read_quotes('Here: ["so", "hm, well"] fine') == ["so", "hm, well"]
     assert read_quotes("[]") == []
-    for reply in ("none", '{"a": [1]}', "[1, 2]", '["cut off'):
+    for reply in ("none", '{"a": [1]}', "[1, 2]", '["cut off', "[" * 100_000 + "]"):
         assert read_quotes(reply) is None
 
 

@@ -166,6 +166,12 @@ def test_added_words_that_are_not_special_spell_what_they_are(name: str) -> None
         assert vocabulary[token] == spelling.text[start:stop]
 
 
+def test_ids_that_no_token_has_spell_nothing_and_hide_none_after_them() -> None:
+    core = Tokenizer(models.BPE(vocab={"a": 0, "b": 4}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert Speller(core).vocabulary() == [b"a", None, None, None, b"b"]
+
+
 def test_a_character_over_several_tokens_is_parted_into_its_bytes() -> None:
     for core in (byte_level(), metaspace(), llama_like()):
         spelling = check(Speller(core), "a\u0905b")  # never seen

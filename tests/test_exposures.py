@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffdistill.errors import UserError
-from diffdistill.exposures import check_answer, final_answer, last_boxed, reveal, segments
+from diffdistill.exposures import check_answer, final_answer, reveal, segments
+from diffdistill.rewards.boxed import Boxed
 from diffdistill.types import Example
+from tests.conftest import CPU
 
 PIECES = [
     "\\boxed{",
@@ -30,21 +32,6 @@ EXPOSURES = st.floats(0.0, 1.0)
 quick = settings(deadline=None, max_examples=60)
 
 SOLUTION = "One.\n\nTwo.\n\nThree.\n\nSo it is \\boxed{4}.\n"
-
-
-def balanced_boxes(text: str) -> list[str]:
-    """Return the boxes of a text without backslashes elsewhere, by counting braces from each."""
-    found, start = [], text.find("\\boxed{")
-    while start >= 0:
-        depth, end = 0, start
-        while end < len(text) and (depth > 0 or "{" not in text[start:end]):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        closed = depth == 0
-        if closed:
-            found.append(text[start:end])
-        start = text.find("\\boxed{", end if closed else start + 1)
-    return found
 
 
 @quick
@@ -97,14 +84,6 @@ def test_the_share_of_segments_is_rounded_down(text: str, exposure: float) -> No
 def test_the_final_answer_is_shown_at_every_exposure(text: str, exposure: float) -> None:
     boxed = final_answer(text)
     assert boxed is None or boxed in reveal(text, exposure)
-
-
-@quick
-@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "a", " "]), max_size=30).map("".join))
-def test_the_last_box_is_the_last_that_braces_close(text: str) -> None:
-    # an unclosed brace before a box is no part of it, so counting starts at each box
-    boxes = balanced_boxes(text)
-    assert final_answer(text) == (boxes[-1] if boxes else None)
 
 
 def test_a_solution_is_shown_segment_by_segment() -> None:
@@ -162,31 +141,14 @@ def test_the_final_box_is_never_divided() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        ("\\boxed{1} then \\boxed{2}.", "2"),
-        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{\\boxed{3}}", "\\boxed{3}"),
-        ("\\boxed {4}", "4"),
-        ("\\boxed{\\left\\{ 1 \\right.}", "\\left\\{ 1 \\right."),
-        ("\\boxed{5} and then \\boxed{6", "5"),
-        ("{ \\boxed{7}", "7"),
-        ("\\boxed{}", ""),
-        ("} \\boxed{8}}", "8"),
-        ("first\\\\\\boxed{9}", "9"),
-        ("boxed{10}", None),
-        ("\\boxed 11", None),
-        ("", None),
-    ],
-)
-def test_the_content_of_the_last_box(text: str, content: str | None) -> None:
-    assert last_boxed(text) == content
-
-
-def test_many_open_boxes_take_no_time() -> None:
-    assert last_boxed("\\boxed{" * 100_000) is None
-    assert last_boxed("\\boxed{" * 100_000 + "1}") == "1"
+def test_the_answer_of_a_solution_is_the_one_that_a_reward_reads() -> None:
+    nested, cut = "So \\boxed{\\boxed{5}}", "\\boxed{5} and then \\boxed{6"
+    judge = Boxed(device=CPU)
+    assert (final_answer(nested), judge.final(nested)) == ("\\boxed{5}", "5")
+    assert (final_answer(cut), judge.final(cut)) == (None, None)
+    with pytest.raises(UserError, match="no final answer to show"):
+        check_answer(Example("?", solution=cut), 0.5)
+    check_answer(Example("?", solution=cut, answer="6"), 0.5)
 
 
 @pytest.mark.parametrize("exposure", [-0.01, 1.01, math.nan])

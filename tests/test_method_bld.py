@@ -123,7 +123,8 @@ def test_the_loss_reaches_student_and_heads_and_never_the_teacher(
     role: dict[str, Any], head: str, world: Path
 ) -> None:
     roles = {"student": role, "teacher": {"weights": "frozen"}}
-    made = Made(world, roles=roles, head=head, head_width=8)
+    options = {"head_width": 8} if head == "autoregressive" else {}
+    made = Made(world, roles=roles, head=head, **options)
     found = made.gradients(made.batch)
     names = {name.partition(".")[0] for name, gradient in found.items() if gradient.any()}
     assert "head" in names
@@ -157,6 +158,9 @@ def test_what_is_kept_depends_on_all_that_the_search_does(world: Path) -> None:
     for options in ({"num_beams": 2}, {"threshold": 0.1}, {"path": "canonical"}, {"num_kept": 3}):
         assert Made(world, size=1, **options).method.annotation() != base
     assert Made(world, size=1, byte_weight=0.3).method.annotation() == base
+    canonical = Made(world, size=1, path="canonical").method.annotation()
+    assert "num_beams" not in canonical
+    assert "threshold" not in canonical
     rounded = Made(world, size=1)
     rounded.roles["teacher"].autocast = torch.bfloat16
     assert rounded.method.annotation() != base
@@ -243,6 +247,9 @@ def test_heads_read_the_state_before_the_token_and_cannot_copy_it(world: Path) -
         ({"num_kept": 258}, "num_kept must be from 1 to 257, not 258"),
         ({"num_bytes": 0}, "num_bytes must be at least 1, not 0"),
         ({"head_width": 0}, "head_width must be at least 1, not 0"),
+        ({"head_width": 8}, "head_width is for head: autoregressive: leave it 128"),
+        ({"path": "canonical", "num_beams": 2}, "num_beams is for path: beam: leave it 4"),
+        ({"path": "canonical", "threshold": 0.1}, "threshold is for path: beam: leave it 0.001"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

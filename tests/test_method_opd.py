@@ -235,6 +235,10 @@ def test_a_clipped_token_keeps_its_direction() -> None:
     [
         ({"support": "teacher", "correction": "none"}, "allow_biased"),
         ({"entry_clip": 0.05}, "forward-kl or jsd"),
+        ({"curve": 64}, "curve is for divergence: dbild, not reverse-kl: leave it 128"),
+        ({"fewest_leaders": 4}, "fewest_leaders is for divergence: dbild"),
+        ({"most_leaders": 8}, "most_leaders is for divergence: dbild"),
+        ({"pair_divergence": "forward-kl"}, "pair_divergence is for divergence: dbild"),
         ({"divergence": "sampled", "support": "teacher"}, "leave support full"),
         ({"divergence": "sampled", "on_policy_share": 0.5}, "student's own"),
         (

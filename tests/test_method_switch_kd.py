@@ -48,7 +48,8 @@ class Seeing(Questions):
 
 
 def make(*, teacher: Seer | None = None, **options: Any) -> Any:
-    given = {"curve": 6, "most_leaders": 6} | options
+    few = {"curve": 6, "most_leaders": 6}
+    given = (few if options.get("divergence", "dbild") == "dbild" else {}) | options
     teacher = (teacher or Seer(2)).double().requires_grad_(False)
     return SwitchKD(
         family=Seeing(), draws=Draws(0), student=Seer(1).double(), teacher=teacher, **given
@@ -227,6 +228,10 @@ def test_a_frozen_encoder_is_an_error_where_only_it_could_learn() -> None:
         (dict.fromkeys(TERMS, 0.0), "one of them above it"),
         ({"align_weight": -1.0}, "at least 0"),
         ({"fewest_leaders": 2}, "3 <= fewest_leaders"),
+        (
+            {"divergence": "forward-kl", "curve": 64},
+            "curve is for divergence: dbild, not forward-kl",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], told: str) -> None:

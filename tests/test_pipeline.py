@@ -204,6 +204,21 @@ def test_a_stage_trains_no_shadow(world: Path, tmp_path: Path) -> None:
         load_pipeline(written(tmp_path, values))
 
 
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_a_stage_trains_nothing_on_a_rounded_network(
+    stored: str, world: Path, tmp_path: Path
+) -> None:
+    values = staged_values(world)
+    change = values["stages"]["direct"]["change"]
+    change["roles"] = {"student": {"adapter": "lora"}}
+    family = {"name": "causal-lm", "path": str(world / "student")}
+    change["family"] = family | {"quantize": stored}
+    with pytest.raises(UserError, match=f"stage direct: family.quantize: {stored} stores the stud"):
+        load_pipeline(written(tmp_path, values))
+    change["family"] = family
+    load_pipeline(written(tmp_path, values))
+
+
 def test_a_pipeline_is_not_a_run(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a pipeline of several runs: diffdistill pipeline"):
         load_config(written(tmp_path, staged_values(world)))

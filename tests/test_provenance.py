@@ -313,6 +313,20 @@ def model(**entry: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("text", ["a: [", "- a", "? [a]\n: b", "1: 2", "license: 3"])
+def test_a_card_that_cannot_be_read_tells_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\nA model.\n", encoding="utf-8")
+    assert describe_model("one", tmp_path, None, hashed=False)["license"] is None
+
+
+def test_a_folder_of_licenses_is_no_license_file(tmp_path: Path) -> None:
+    (tmp_path / "LICENSES").mkdir()
+    assert describe_model("one", tmp_path, None, hashed=False)["license"] is None
+    (tmp_path / "LICENSE").write_text("Do what you like.", encoding="utf-8")
+    found = describe_model("one", tmp_path, None, hashed=False)["license"]
+    assert found == {"text_sha256": hashing.file_sha256(tmp_path / "LICENSE")}
+
+
 @pytest.mark.parametrize(
     ("entry", "terms"),
     [

@@ -65,6 +65,16 @@ def test_a_chat_is_its_question_and_what_the_assistant_ends_it_with_the_solution
     assert fourth.origin.endswith("q.jsonl:4")
 
 
+def test_the_files_beside_written_data_are_none_of_its_questions(tmp_path: Path) -> None:
+    file = write_questions(tmp_path / "data.jsonl")
+    alone = examples_of(file)
+    (tmp_path / "data-about.json").write_text('{"seed": 0}', encoding="utf-8")
+    (tmp_path / "data-failed.jsonl").write_text('{"number": 3, "tries": 6}\n', encoding="utf-8")
+    assert examples_of(tmp_path) == alone
+    write_questions(tmp_path / "others-failed.jsonl")  # beside no others.jsonl: data as any
+    assert len(examples_of(tmp_path)) == 2 * len(alone)
+
+
 def test_columns_are_named_by_the_settings(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     row = {"problem": "why?", "worked": "so", "final": "x", "solution": "no", "answer": "no"}

@@ -614,6 +614,11 @@ def test_what_is_missing_is_said_in_one_line(changes: list[str], message: str, w
         ({"fit": {"pattren": "x"}}, r"tessy.fit.pattren: unknown key, did you mean 'pattern'"),
         ({"teacher": {"name": "causal-lm", "dtpe": "x"}}, r"tessy: teacher.dtpe: unknown key"),
         ({"student_step": 0}, r"tessy.student_step"),
+        (
+            {"student_step": 9, "context": 8},
+            r"tessy.student_step is 9 and tessy.context 8: the fir",
+        ),
+        ({"teacher_step": 201}, r"tessy.teacher_step is 201 and tessy.context 200"),
     ],
 )
 def test_a_section_tessy_is_checked_as_every_other(

@@ -12,7 +12,7 @@ import torch
 from diffdistill import catalog
 from diffdistill.errors import UserError
 from diffdistill.options import options_model
-from diffdistill.rewards.boxed import Boxed, final_box
+from diffdistill.rewards.boxed import Boxed
 from diffdistill.rewards.json_answer import JsonAnswer
 from diffdistill.types import Example
 from diffdistill.verifying import AnswerReward, equal, normalized
@@ -199,17 +199,6 @@ def test_numbers_too_long_to_compute_with_cost_no_time() -> None:
     assert time.perf_counter() - start < 5
     assert equal(str(10**300), "1e300", numeric=True)
     assert Fraction(10) ** 300 == Fraction("1e300")
-
-
-def test_braces_within_a_box_are_balanced_and_escaped_ones_do_not_count() -> None:
-    assert final_box(r"\boxed{\frac{1}{2}} holds") == r"\frac{1}{2}"
-    assert final_box(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"
-    assert final_box(r"\boxed{\}}") == r"\}"
-    assert final_box(r"\boxed{a\\}") == r"a\\"
-    assert final_box(r"\boxed{a\}") is None
-    assert final_box(r"\boxed{{a}") is None
-    assert final_box(r"\boxed{\boxed{3}}") == "3"
-    assert final_box("no box") is None
 
 
 def test_the_catalog_knows_them_and_their_options() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
@@ -21,6 +22,7 @@ from diffdistill.synthesis.drafts import PLANS, Draft
 from diffdistill.tessy_settings import TessySettings
 from diffdistill.types import Example
 from tests.conftest import CPU
+from tests.test_byte_spans import llama_like
 from tests.tiny import tokenizer
 from tests.tiny_server import TinyServer, serving
 from tests.tiny_text import causal_lm, words
@@ -89,6 +91,20 @@ def test_a_character_of_which_a_part_is_missing_is_left_out(world: Path) -> None
     texts = [own.spelled(tokens[:n]) for n in range(1, len(tokens) + 1)]
     assert texts[-1] == "a\U0001f600"
     assert set(texts[:-1]) == {"a"}
+
+
+def test_added_runs_of_a_metaspace_are_spaces_unless_they_end_the_thinking(world: Path) -> None:
+    core, run = llama_like(), "\u2581\u2581"
+    core.add_tokens([AddedToken(run, normalized=True), AddedToken("o\u2581", lstrip=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+    save_ascii(fast, world / "metaspace")
+    own = writer(world, "metaspace")
+    tokens = own.tokens("a  b")
+    assert core.token_to_id(run) in tokens
+    assert own.spelled(tokens) == "a  b"
+    assert own.spelled([own.family.tokenizer.convert_tokens_to_ids("o\u2581")]) == "o "
+    ending = writer(world, "metaspace", format=Format(ends=(run,)))
+    assert ending.spelled(tokens) == f"a{run}b"
 
 
 def test_special_tokens_are_no_text_unless_they_end_the_thinking(world: Path) -> None:

@@ -153,7 +153,7 @@ def _files(path: Path) -> list[Path]:
         found = [
             file
             for file in sorted(path.rglob("*"))
-            if file.suffix in known and not _is_aside(file.relative_to(path))
+            if file.suffix in known and not _is_aside(file, path)
         ]
         if not found:
             raise UserError(f"data.path {path} has no files of texts: {', '.join(known)}")
@@ -165,10 +165,17 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _is_aside(path: Path) -> bool:
-    """Return whether a file is hidden, or the record of another."""
-    hidden = any(part.startswith(".") for part in path.parts)
-    return hidden or path.name.endswith("provenance.json")
+def _is_aside(file: Path, folder: Path) -> bool:
+    """Return whether a file of a folder is hidden, or the record of another.
+
+    Written data (``diffdistill tessy write``) has two beside it: ``-about.json`` and, of samples
+    that failed, ``-failed.jsonl``.
+    """
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return True
+    name = file.name.removesuffix("-about.json").removesuffix("-failed.jsonl")
+    written = name != file.name and file.with_name(f"{name}.jsonl").exists()
+    return written or file.name.endswith("provenance.json")
 
 
 def _document(file: Path) -> str:

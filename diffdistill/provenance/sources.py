@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -134,7 +135,7 @@ def _license(folder: Path) -> dict[str, Any] | None:
     for key in ("license", "license_name", "license_link"):
         if isinstance(card.get(key), str):
             found[key] = card[key]
-    for file in sorted(folder.glob("LICENSE*")):
+    for file in sorted(file for file in folder.glob("LICENSE*") if file.is_file()):
         found["text_sha256"] = file_sha256(file)
     return found or None
 
@@ -146,6 +147,6 @@ def _card(folder: Path) -> Mapping[str, Any]:
         return {}
     try:
         card: Mapping[str, Any] = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError):
+    except (ValueError, TypeError, OSError, yaml.YAMLError):
         return {}
     return card

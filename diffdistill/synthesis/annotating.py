@@ -120,7 +120,7 @@ def read_quotes(reply: str) -> list[str] | None:
     start, end = reply.find("["), reply.rfind("]")
     try:
         quotes = json.loads(reply[start : end + 1])
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for brackets within brackets without end
         return None
     if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
         return None

@@ -54,15 +54,15 @@ class BLD(Given):
         num_bytes: Bytes of a token that are learned, its first; 10 in the paper.
         head: ``parallel`` linear layers (paper), which see no byte of the token they predict; or
             an ``autoregressive`` layer that sees those before (ours).
-        head_width: Channels of the autoregressive head.
+        head_width: Of ``autoregressive``: its channels.
         reduction: Of the bytes of a token: their ``sum`` (the paper's equation), or the ``mean``
             over all learned bytes (an implementation by others); which the paper's code takes is
             unconfirmed.
         path: What the teacher's predictions of bytes are made of: a ``beam`` of tokenizations, or
             the ``canonical`` one alone (see docs/methods/bld.md on its defects). Which the paper
             takes is unconfirmed, as are the numbers of the beam.
-        num_beams: Tokenizations that are kept after each byte (ours).
-        threshold: Tokenizations with a smaller share of the probability are dropped (ours).
+        num_beams: Of ``beam``: tokenizations that are kept after each byte (ours).
+        threshold: Of ``beam``: those with a smaller share of the probability are dropped (ours).
         num_kept: Bytes of the teacher's that are kept at each place, its most likely; the others
             are one event (ours).
     """
@@ -89,6 +89,13 @@ class BLD(Given):
         for name in ("num_bytes", "head_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, used, needed in (
+            ("num_beams", self.path == "beam", "path: beam"),
+            ("threshold", self.path == "beam", "path: beam"),
+            ("head_width", self.head == "autoregressive", "head: autoregressive"),
+        ):
+            if not used and getattr(self, name) != getattr(BLD, name):
+                raise ValueError(f"{name} is for {needed}: leave it {getattr(BLD, name)}")
 
     def heads(self, widths: Mapping[str, int]) -> Mapping[str, nn.Module]:
         """Return the student's byte heads."""
@@ -101,7 +108,8 @@ class BLD(Given):
     def annotation(self) -> str:
         """Return what the teacher's predictions of bytes depend on."""
         precision = self.teacher.autocast
-        return f"{self._teacher_weights} {precision} {self._search} {self.num_kept}"
+        search = self._search if self.path == "beam" else self.path
+        return f"{self._teacher_weights} {precision} {search} {self.num_kept}"
 
     def annotate(self, texts: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
         """Return the teacher's predictions of the bytes of texts."""

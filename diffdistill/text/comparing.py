@@ -79,6 +79,7 @@ class Comparing(Selecting, Ranking):
         """Check the options."""
         super().__post_init__()
         Ranking.__post_init__(self)
+        self.check_ranked(self.divergence)
         for name, fine, bounds in (
             ("beta", 0 <= self.beta <= 1, "in [0, 1]"),
             ("support_size", self.support_size >= 1, "at least 1"),

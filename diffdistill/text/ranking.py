@@ -32,6 +32,19 @@ class Ranking(Method):
         """Check the options."""
         self._leaders()
 
+    def check_ranked(self, divergence: str) -> None:
+        """Refuse options of DBiLD beside another divergence, where they would have no say.
+
+        Raises:
+            ValueError: If one is not as by default.
+        """
+        for name in ("curve", "fewest_leaders", "most_leaders", "pair_divergence"):
+            usual = getattr(Ranking, name)
+            if divergence != "dbild" and getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name} is for divergence: dbild, not {divergence}: leave it {usual}"
+                )
+
     def ranked(
         self, student: Prediction, teacher: Prediction, mask: Tensor, temperature: float
     ) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class SwitchKD(Ranking):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
+        self.check_ranked(self.divergence)
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         weights = self.answer_weight, self.align_weight, self.switch_weight
