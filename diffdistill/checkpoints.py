@@ -88,8 +88,25 @@ def load_optimizer(
     for full, value in {**tensors, **numbers}.items():
         name, _, key = full.rpartition("/")
         parameter = parameters[name]
-        laid_out = isinstance(value, Tensor) and value.ndim > 0
-        optimizer.state[parameter][key] = like(value, parameter) if laid_out else value
+        state = optimizer.state[parameter]
+        if not isinstance(value, Tensor):
+            state[key] = value
+        elif key == "step":
+            state[key] = _step(optimizer, value, parameter)
+        else:
+            state[key] = like(value, parameter)
+
+
+def _step(optimizer: Optimizer, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return how often a parameter was updated, ``[]``, where its optimizer reads it.
+
+    Fused and capturable kernels read it beside the parameter, the others on the CPU: the rule of
+    torch's own ``Optimizer.load_state_dict``.
+    """
+    (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if group.get("fused") or group.get("capturable"):
+        return value.to(parameter.device, torch.float32)
+    return value
 
 
 class Checkpoints:
