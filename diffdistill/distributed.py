@@ -215,6 +215,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()
 
 
+def gathered(tensors: Mapping[str, Tensor], *, kept: bool = True) -> dict[str, Tensor]:
+    """Return the full tensors on the CPU, by name; every rank must ask for sharded ones.
+
+    Args:
+        tensors: Sharded or not.
+        kept: False only takes part for the ranks that keep them, and returns nothing: the ranks of
+            a machine share its memory, which the full tensors of each of them may fill.
+    """
+    if kept:
+        return {name: whole(tensor) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        if isinstance(tensor, DTensor):
+            tensor.detach().full_tensor()
+    return {}
+
+
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter, sharded or not, to a full tensor."""
