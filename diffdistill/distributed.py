@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.errors import UserError
 
 BUCKET_BYTES = 256 * 2**20
@@ -65,7 +66,7 @@ class Distributed:
         if self.sharded:
             raise UserError(
                 "the losses of a batch are divided among processes, and all of these must run a "
-                "sharded network together: launch with configs/accelerate/ddp.yaml"
+                f"sharded network together: launch with {LAUNCHERS / 'ddp.yaml'}"
             )
         if self.world % parts:
             enough = parts * math.ceil(self.world / parts)

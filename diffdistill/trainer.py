@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.checkpoints import (
     Snapshot,
     load_optimizer,
@@ -209,7 +210,7 @@ class Trainer:
             if role.settings.shadow is not None and role.settings.shadow.auxiliary_weight:
                 raise UserError(
                     f"roles.{role.name}: what a shadow learns alone needs its whole weights in "
-                    "each process: launch with configs/accelerate/ddp.yaml, or set "
+                    f"each process: launch with {LAUNCHERS / 'ddp.yaml'}, or set "
                     f"roles.{role.name}.shadow.auxiliary_weight: 0"
                 )
 
