@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffdistill import distributed
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
@@ -194,7 +195,25 @@ def test_experts_in_a_process_each_become_what_they_become_in_one(
 def test_experts_in_groups_of_processes_are_not_sharded(tmp_path: Path) -> None:
     values = copd_values(save_skills(tmp_path / "world"), method={"placement": "groups"})
     printed = two_ranks("fsdp2", values, tmp_path / "run")
-    assert "launch with configs/accelerate/ddp.yaml" in printed
+    assert f"launch with {LAUNCHERS / 'ddp.yaml'}" in printed
+    assert (LAUNCHERS / "ddp.yaml").is_file()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged-adamw8bit"])
+def test_8_bit_optimizers_of_sharded_networks_are_refused_before_anything_is_loaded(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Distributed.__init__
+
+    def start_sharded(self: Distributed) -> None:
+        start(self)
+        self.sharded = True
+
+    monkeypatch.setattr(Distributed, "__init__", start_sharded)
+    monkeypatch.setattr("diffdistill.commands.train.build", lambda *_: pytest.fail("it was built"))
+    config = parse_config(toy_values(make_data(tmp_path / "data"), optimizer=optimizer))
+    with pytest.raises(UserError, match=f"train.optimizer: {optimizer} takes whole weights"):
+        train(config, tmp_path / "run")
 
 
 def test_the_number_of_processes_is_a_multiple_of_that_of_parts() -> None:
