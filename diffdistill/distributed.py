@@ -216,6 +216,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()
 
 
+@torch.no_grad()
 def gathered(tensors: Mapping[str, Tensor], *, kept: bool = True) -> dict[str, Tensor]:
     """Return the full tensors on the CPU, by name; every rank must ask for sharded ones.
 
@@ -228,7 +229,7 @@ def gathered(tensors: Mapping[str, Tensor], *, kept: bool = True) -> dict[str, T
         return {name: whole(tensor) for name, tensor in tensors.items()}
     for tensor in tensors.values():
         if isinstance(tensor, DTensor):
-            tensor.detach().full_tensor()
+            tensor.full_tensor()
     return {}
 
 
