@@ -1,10 +1,14 @@
-"""The data sets and models that come with the package."""
+"""The data sets, models and configs that come with the package."""
 
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from diffdistill.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+LAUNCHERS = CONFIGS / "accelerate"
+"""Where the configs of ``accelerate launch`` are."""
 
 
 def bundled(kind: Literal["data", "models"], name: str) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffdistill.config import load_config
-from diffdistill.distributed import fill, like, whole
+from diffdistill.distributed import fill, gathered, like
 from diffdistill.errors import UserError
 from diffdistill.roles import Role
 from diffdistill.session import Session, build
@@ -36,9 +36,12 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def role_tensors(role: Role) -> dict[str, Tensor]:
-    """Return the full weights that are the role's own, on the CPU."""
-    return {name: whole(parameter) for name, parameter in role.parameters().items()}
+def role_tensors(role: Role, *, kept: bool = True) -> dict[str, Tensor]:
+    """Return the full weights that are the role's own, on the CPU.
+
+    See ``gathered`` for ``kept``.
+    """
+    return gathered(role.parameters(), kept=kept)
 
 
 def load_role(role: Role, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -64,18 +67,21 @@ def load_role(role: Role, tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def optimizer_tensors(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], *, kept: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimizer's state as full tensors, and its plain numbers, by parameter name."""
+    """Return an optimizer's state as full tensors, and its plain numbers, by parameter name.
+
+    See ``gathered`` for ``kept``.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = whole(value)
+                tensors[f"{name}/{key}"] = value
             else:
                 numbers[f"{name}/{key}"] = value
-    return tensors, numbers
+    return gathered(tensors, kept=kept), numbers
 
 
 def load_optimizer(
@@ -88,8 +94,25 @@ def load_optimizer(
     for full, value in {**tensors, **numbers}.items():
         name, _, key = full.rpartition("/")
         parameter = parameters[name]
-        laid_out = isinstance(value, Tensor) and value.ndim > 0
-        optimizer.state[parameter][key] = like(value, parameter) if laid_out else value
+        state = optimizer.state[parameter]
+        if not isinstance(value, Tensor):
+            state[key] = value
+        elif key == "step":
+            state[key] = _step(optimizer, value, parameter)
+        else:
+            state[key] = like(value, parameter)
+
+
+def _step(optimizer: Optimizer, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return how often a parameter was updated, ``[]``, where its optimizer reads it.
+
+    Fused and capturable kernels read it beside the parameter, the others on the CPU: the rule of
+    torch's own ``Optimizer.load_state_dict``.
+    """
+    (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if group.get("fused") or group.get("capturable"):
+        return value.to(parameter.device, torch.float32)
+    return value
 
 
 class Checkpoints:

@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from diffdistill import catalog
+from diffdistill.bundled import CONFIGS
 from diffdistill.errors import UserError
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def read_values(name: str, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:

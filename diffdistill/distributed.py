@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.errors import UserError
 
 BUCKET_BYTES = 256 * 2**20
@@ -65,7 +66,7 @@ class Distributed:
         if self.sharded:
             raise UserError(
                 "the losses of a batch are divided among processes, and all of these must run a "
-                "sharded network together: launch with configs/accelerate/ddp.yaml"
+                f"sharded network together: launch with {LAUNCHERS / 'ddp.yaml'}"
             )
         if self.world % parts:
             enough = parts * math.ceil(self.world / parts)
@@ -213,6 +214,23 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.cpu().contiguous()
+
+
+@torch.no_grad()
+def gathered(tensors: Mapping[str, Tensor], *, kept: bool = True) -> dict[str, Tensor]:
+    """Return the full tensors on the CPU, by name; every rank must ask for sharded ones.
+
+    Args:
+        tensors: Sharded or not.
+        kept: False only takes part for the ranks that keep them, and returns nothing: the ranks of
+            a machine share its memory, which the full tensors of each of them may fill.
+    """
+    if kept:
+        return {name: whole(tensor) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        if isinstance(tensor, DTensor):
+            tensor.full_tensor()
+    return {}
 
 
 @torch.no_grad()

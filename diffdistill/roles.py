@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.adapters import active, adapter_parameters, tuner_layers
@@ -160,14 +161,23 @@ class Role:
 
     @contextmanager
     def acting(self, device: torch.device) -> Iterator[None]:
-        """Let calls of the network within the block be this role's."""
+        """Let calls of the network within the block be this role's.
+
+        Autocast keeps the weights that it has cast until the block ends, which of a sharded network
+        would be the whole of it.
+        """
         layers = layers_of(self.network)
         learns = torch.is_grad_enabled() and self.settings.weights != "live"
         with (
             active(layers, self.adapter),
             alone(self.network) if self.detached else nullcontext(),
             torch.set_grad_enabled(learns),
-            torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
+            torch.autocast(
+                device.type,
+                dtype=self.autocast,
+                enabled=self.autocast is not None,
+                cache_enabled=not isinstance(self.network, FSDPModule),
+            ),
         ):
             yield
 

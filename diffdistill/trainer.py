@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.checkpoints import (
     Snapshot,
     load_optimizer,
@@ -209,7 +210,7 @@ class Trainer:
             if role.settings.shadow is not None and role.settings.shadow.auxiliary_weight:
                 raise UserError(
                     f"roles.{role.name}: what a shadow learns alone needs its whole weights in "
-                    "each process: launch with configs/accelerate/ddp.yaml, or set "
+                    f"each process: launch with {LAUNCHERS / 'ddp.yaml'}, or set "
                     f"roles.{role.name}.shadow.auxiliary_weight: 0"
                 )
 
@@ -260,15 +261,19 @@ class Trainer:
         torch.manual_seed(self.session.draws.generator("global", number).initial_seed())
 
     def snapshot(self) -> Snapshot:
-        """Return everything that an exact continuation needs. Every rank must call it."""
+        """Return everything that an exact continuation needs.
+
+        Every rank must call it, and the main one, which writes files, has the tensors.
+        """
+        main = self.distributed.main
         tensors: dict[str, dict[str, Tensor]] = {}
         numbers: dict[str, Any] = {}
         for role in self.session.roles.by_name.values():
-            if own := role_tensors(role):
+            if own := role_tensors(role, kept=main):
                 tensors[f"role-{role.name}"] = own
         for name, optimizer in self.optimizers.items():
             parameters = self.session.roles[name].parameters()
-            file, numbers[name] = optimizer_tensors(optimizer, parameters)
+            file, numbers[name] = optimizer_tensors(optimizer, parameters, kept=main)
             if file:
                 tensors[f"optimizer-{name}"] = file
         state = {

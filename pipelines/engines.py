@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.pipelines.causal_lm import CausalLM
@@ -139,5 +140,5 @@ def check_whole(student: Actor, engine: str) -> None:
     if any(isinstance(x, DTensor) for x in student.network.parameters()):
         raise UserError(
             f"engine {engine} needs the student's whole weights in each process: launch with "
-            "configs/accelerate/ddp.yaml, or set engine: transformers"
+            f"{LAUNCHERS / 'ddp.yaml'}, or set engine: transformers"
         )

@@ -26,6 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
 TERMS = ("README.md", *LICENSES)
+QUERY_KEY_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")
 
 
@@ -251,6 +252,19 @@ def set_attention(network: Any, attention: Attention) -> None:
         raise MissingExtra(package, f"attention: {attention}")
     with explained(f"use attention: {attention}"):
         network.set_attention_backend("native" if attention == "sdpa" else attention)
+    if attention != "sdpa":
+        for name, module in network.named_modules():
+            if name.rpartition(".")[2] in QUERY_KEY_NORMS:
+                module.register_forward_hook(_as_given)
+
+
+def _as_given(norm: nn.Module, given: tuple[Tensor], normed: Tensor) -> Tensor:
+    """Return what a norm made in the type that it was given.
+
+    Autocast normalizes in float32, and flash-attn and xformers take no queries and keys of
+    another type than the values; sdpa casts them itself.
+    """
+    return normed.type_as(given[0])
 
 
 def identity(folder: Path) -> str:

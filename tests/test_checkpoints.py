@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from diffdistill import checkpoints
-from diffdistill.checkpoints import Checkpoints, Snapshot, load_role, restore
+from diffdistill.checkpoints import (
+    Checkpoints,
+    Snapshot,
+    load_optimizer,
+    load_role,
+    optimizer_tensors,
+    restore,
+)
 from diffdistill.commands.train import train
 from diffdistill.errors import UserError
 from diffdistill.session import build
@@ -119,3 +127,33 @@ def test_a_checkpoint_holds_only_safetensors_json_and_a_card(tmp_path: Path) -> 
 def test_a_folder_that_is_no_run_cannot_be_restored(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
         restore(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", ["fused", "capturable", "foreach"])
+def test_an_optimizer_goes_on_with_its_state_where_torch_would_put_it(
+    kind: str, device: str
+) -> None:
+    shapes = {"weight": (2, 3), "scale": ()}
+    before = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    saved = torch.optim.AdamW(before.values())
+    for parameter in before.values():
+        parameter.grad = torch.ones_like(parameter)
+    saved.step()
+    saved.param_groups[0][kind] = True
+    states = []
+    for by_torch in (True, False):
+        parameters = {n: nn.Parameter(p.detach().to(device)) for n, p in before.items()}
+        optimizer = torch.optim.AdamW(parameters.values())
+        optimizer.param_groups[0][kind] = True  # a constructor refuses it on these devices
+        if by_torch:
+            optimizer.load_state_dict(saved.state_dict())
+        else:
+            load_optimizer(optimizer, parameters, *optimizer_tensors(saved, before))
+        states.append([optimizer.state[p] for p in parameters.values()])
+    for expected, found in zip(*states, strict=True):
+        assert found.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in expected.items():
+            assert (found[key].device, found[key].dtype) == (value.device, value.dtype)
+            if device == "cpu":
+                assert torch.equal(found[key], value)

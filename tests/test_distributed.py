@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from diffdistill import distributed
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.checkpoints import Checkpoints
 from diffdistill.commands.train import train
 from diffdistill.config import parse_config
-from diffdistill.distributed import Distributed
+from diffdistill.distributed import Distributed, gathered
 from diffdistill.errors import UserError
+from diffdistill.session import build
+from diffdistill.trainer import Trainer
 from tests.answer_run import answer_values, save_answer_world
 from tests.given_run import save_given_world
 from tests.test_given_runs import given_values
@@ -191,18 +195,65 @@ def test_experts_in_a_process_each_become_what_they_become_in_one(
 def test_experts_in_groups_of_processes_are_not_sharded(tmp_path: Path) -> None:
     values = copd_values(save_skills(tmp_path / "world"), method={"placement": "groups"})
     printed = two_ranks("fsdp2", values, tmp_path / "run")
-    assert "launch with configs/accelerate/ddp.yaml" in printed
+    assert f"launch with {LAUNCHERS / 'ddp.yaml'}" in printed
+    assert (LAUNCHERS / "ddp.yaml").is_file()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged-adamw8bit"])
+def test_8_bit_optimizers_of_sharded_networks_are_refused_before_anything_is_loaded(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Distributed.__init__
+
+    def start_sharded(self: Distributed) -> None:
+        start(self)
+        self.sharded = True
+
+    monkeypatch.setattr(Distributed, "__init__", start_sharded)
+    monkeypatch.setattr("diffdistill.commands.train.build", lambda *_: pytest.fail("it was built"))
+    config = parse_config(toy_values(make_data(tmp_path / "data"), optimizer=optimizer))
+    with pytest.raises(UserError, match=f"train.optimizer: {optimizer} takes whole weights"):
+        train(config, tmp_path / "run")
 
 
 def test_the_number_of_processes_is_a_multiple_of_that_of_parts() -> None:
-    distributed = Distributed()
-    distributed.divide(3)
-    assert (distributed.parts, distributed.readers) == (1, 1)  # one process has all parts
-    distributed.world, distributed.rank = 4, 3
+    processes = Distributed()
+    processes.divide(3)
+    assert (processes.parts, processes.readers) == (1, 1)  # one process has all parts
+    processes.world, processes.rank = 4, 3
     with pytest.raises(UserError, match="launch with --num_processes 6"):
-        distributed.divide(3)
-    distributed.divide(2)
-    assert (distributed.part, distributed.reader, distributed.readers) == (1, 1, 2)
+        processes.divide(3)
+    processes.divide(2)
+    assert (processes.part, processes.reader, processes.readers) == (1, 1, 2)
+
+
+def test_a_rank_that_writes_nothing_keeps_no_full_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self) -> torch.Tensor:
+            asked.append(len(self))
+            return self.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(distributed, "DTensor", Sharded)
+    tensors = {"copied": torch.ones(2), "sharded": torch.ones(3).as_subclass(Sharded)}
+    assert gathered(tensors, kept=False) == {}
+    assert asked == [3]  # the others wait for it
+    assert {name: len(full) for name, full in gathered(tensors).items()} == {
+        "copied": 2,
+        "sharded": 3,
+    }
+    assert asked == [3, 3]
+
+
+def test_only_the_main_process_has_the_tensors_of_a_snapshot(tmp_path: Path) -> None:
+    config = parse_config(toy_values(make_data(tmp_path / "data")))
+    session, processes = build(config), Distributed()
+    trainer = Trainer(session, iter(()), processes)
+    assert "role-student" in trainer.snapshot().tensors
+    processes.main = False
+    assert trainer.snapshot().tensors == {}
+    assert trainer.snapshot().state["step"] == 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -245,6 +246,36 @@ def test_quantization_is_handed_to_both_libraries(monkeypatch: Any) -> None:
     assert made[0] == ("diffusers", nf4 | {"bnb_4bit_compute_dtype": torch.bfloat16})
     assert made[1] == ("transformers", {"load_in_8bit": True})
     assert loading.bitsandbytes_config("fp8", torch.bfloat16, "diffusers") is None
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("attention", ["flash", "xformers"])
+@pytest.mark.parametrize("kind", [klein, z_image])
+def test_under_autocast_attention_kernels_get_tensors_of_one_type(
+    kind: Any, attention: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[torch.dtype]] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append({query.dtype, key.dtype, value.dtype})
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+    name = attention_dispatch.AttentionBackendName(attention)
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # puts it back
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda b: None)
+    monkeypatch.setitem(registry._backends, name, kernel)
+    monkeypatch.setitem(registry._supported_arg_names, name, {"query", "key", "value"})
+    path = root / ("klein" if kind is klein else "z-image")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _prediction(kind(path, attention=attention))
+        assert seen
+        assert set.union(*seen) == {torch.bfloat16}
+        torch.testing.assert_close(
+            found, _prediction(kind(path, attention="sdpa")), rtol=0.05, atol=0.02
+        )
 
 
 def test_sdpa_is_the_default_attention(root: Path) -> None:

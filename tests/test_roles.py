@@ -240,6 +240,21 @@ def test_a_role_is_called_in_its_autocast_type_and_answers_in_float32() -> None:
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_autocast_keeps_no_cast_weights_of_a_sharded_network(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role = make_roles(make_toy(), student=FULL)["student"]
+    role.autocast = torch.bfloat16
+    if sharded:
+        monkeypatch.setattr("diffdistill.roles.FSDPModule", type(role.network))
+    weight = nn.Parameter(torch.ones(2, 2))
+    with role.acting(torch.device("cpu")):
+        casts = [(weight @ weight).grad_fn.next_functions[0][0] for _ in range(2)]
+        kept = casts[0] is casts[1]
+    assert kept is not sharded
+
+
 def test_a_fully_trained_role_is_float32_whatever_the_checkpoint_is() -> None:
     class HalfToy(Toy):
         def network(self, path: str | None = None) -> nn.Module:

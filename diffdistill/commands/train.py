@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from diffdistill import catalog
+from diffdistill.bundled import LAUNCHERS
 from diffdistill.checkpoints import Checkpoints, write_atomic
 from diffdistill.config import RunConfig
 from diffdistill.distributed import Distributed
@@ -93,6 +94,7 @@ class Run(NamedTuple):
 def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
     """Return the run, at its checkpoint if one is resumed."""
     check_evaluate(config)
+    _check_optimizer(config, distributed)
     _divide(config, distributed)
     session = build(config, distributed.device)
     check_servers(session)  # before the record, in which a server's own name of its model is
@@ -117,6 +119,19 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
         trainer.load(snapshot, path)
         _say(distributed, f"resumed from {path}")
     return Run(trainer, batches, checkpoints, painter, None if snapshot is None else path)
+
+
+def _check_optimizer(config: RunConfig, distributed: Distributed) -> None:
+    """Refuse optimizers of bitsandbytes, which take no sharded weights, where networks are sharded.
+
+    Raises:
+        UserError: If the config names one.
+    """
+    if distributed.sharded and config.train.optimizer != "adamw":
+        raise UserError(
+            f"train.optimizer: {config.train.optimizer} takes whole weights, and FSDP2 shards "
+            f"them: set train.optimizer: adamw, or launch with {LAUNCHERS / 'ddp.yaml'}"
+        )
 
 
 def _divide(config: RunConfig, distributed: Distributed) -> None:
