@@ -24,7 +24,7 @@ from diffdistill.errors import UserError
 from diffdistill.method import Kind
 from diffdistill.options import parse, parse_options, section_of
 from diffdistill.provenance.settings import ProvenanceSettings
-from diffdistill.role_settings import RoleSettings
+from diffdistill.role_settings import RoleSettings, check_used
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 from diffdistill.shadow import ShadowSettings
@@ -295,6 +295,7 @@ def _roles(
         if values.get("adapter") == "shadow" or values.get("shadow") is not None:
             values["shadow"] = parse(ShadowSettings, values.get("shadow"), f"{where}.shadow")
         roles[name] = parse(RoleSettings, values, where)
+        check_used(roles[name], parse(RoleSettings, default, where), where)
     return roles
 
 
