@@ -449,8 +449,11 @@ def schema(
     text = json_schema()
     if output is None:
         typer.echo(text)
-    else:
+        return
+    try:
         output.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
 
 
 @app.command()
