@@ -46,7 +46,8 @@ def train(
         str | None, typer.Option(help="Continue: the latest checkpoint, or a name or path.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build, take one step, report, leave nothing.")
+        bool,
+        typer.Option("--dry-run", help="Build, take one step, report, leave nothing."),
     ] = False,
 ) -> None:
     """Train a config."""
