@@ -9,6 +9,7 @@ there under its final name is whole.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from diffdistill.distributed import fill, gathered, like
 from diffdistill.errors import UserError
 from diffdistill.roles import Role
 from diffdistill.session import Session, build
+
+STEP = re.compile(r"step-[0-9]+")
 
 
 @dataclass
@@ -153,7 +156,8 @@ class Checkpoints:
     def names(self) -> list[str]:
         """Return the names of all complete checkpoints, oldest first."""
         found = (p.name for p in self.folder.glob("step-*") if p.is_dir())
-        return sorted(found, key=lambda name: int(name.removeprefix("step-")))
+        named = [name for name in found if STEP.fullmatch(name)]
+        return sorted(named, key=_step_of)
 
     def load(self, which: str = "latest") -> tuple[Snapshot, Path, list[str]]:
         """Return a verified checkpoint, its folder, and what was wrong with newer ones.
@@ -186,13 +190,17 @@ class Checkpoints:
     def abandon_after(self, step: int) -> None:
         """Rename checkpoints later than ``step``, where a run goes on, to ``abandoned-*``."""
         for name in self.names():
-            if int(name.removeprefix("step-")) > step:
+            if _step_of(name) > step:
                 _replace(self.folder / name, self.folder / f"abandoned-{name}")
 
     def _retain(self) -> None:
         if self.keep is not None:
             for name in self.names()[: -self.keep]:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -46,7 +46,8 @@ def train(
         str | None, typer.Option(help="Continue: the latest checkpoint, or a name or path.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build, take one step, report, leave nothing.")
+        bool,
+        typer.Option("--dry-run", help="Build, take one step, report, leave nothing."),
     ] = False,
 ) -> None:
     """Train a config."""
@@ -449,8 +450,11 @@ def schema(
     text = json_schema()
     if output is None:
         typer.echo(text)
-    else:
+        return
+    try:
         output.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
 
 
 @app.command()

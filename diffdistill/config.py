@@ -7,10 +7,11 @@ family or method class, and the settings classes below. An unknown key is an err
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -24,11 +25,14 @@ from diffdistill.errors import UserError
 from diffdistill.method import Kind
 from diffdistill.options import parse, parse_options, section_of
 from diffdistill.provenance.settings import ProvenanceSettings
-from diffdistill.role_settings import RoleSettings
+from diffdistill.role_settings import RoleSettings, check_used
 from diffdistill.sample_settings import AnswerSampleSettings, SampleSettings, TextSampleSettings
 from diffdistill.schedules import LearningRateSchedule
 from diffdistill.shadow import ShadowSettings
 from diffdistill.tessy_settings import FitSettings, TessySettings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay rate of a moment: at 1 it would never move."""
 
 
 @dataclass(kw_only=True)
@@ -62,7 +66,7 @@ class TrainSettings:
     steps: PositiveInt = 1000
     lr: NonNegativeFloat = 1e-4
     optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     schedule: LearningRateSchedule = "constant"
@@ -295,6 +299,7 @@ def _roles(
         if values.get("adapter") == "shadow" or values.get("shadow") is not None:
             values["shadow"] = parse(ShadowSettings, values.get("shadow"), f"{where}.shadow")
         roles[name] = parse(RoleSettings, values, where)
+        check_used(roles[name], parse(RoleSettings, default, where), where)
     return roles
 
 

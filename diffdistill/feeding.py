@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from diffdistill.types import Batch, Example
 TOLD_SECONDS = 5.0
 """How long nothing more is said of how far encoding has come."""
 
+PREFETCHED = 1
+"""How many micro-batches are made before they are asked for (see ``prefetched``)."""
+
 
 class Feed(NamedTuple):
     """The data of a run.
@@ -47,15 +51,24 @@ class Feed(NamedTuple):
 
 
 def open_feed(
-    session: Session, output: Path, distributed: Distributed, say: Callable[[str], None]
+    session: Session,
+    output: Path,
+    distributed: Distributed,
+    say: Callable[[str], None],
+    *,
+    steps: int | None = None,
 ) -> Feed:
     """Return the data of a run; what its encoders say of it is made where it is missing.
+
+    All data is opened and listed in any case, but to encode it may take hours.
 
     Args:
         session: The built run.
         output: The run's folder.
         distributed: The processes of the run.
         say: Told how far encoding has come.
+        steps: How many optimizer steps are taken, for which alone the data is encoded; None is
+            any number of them, and encodes all.
 
     Raises:
         UserError: If the data cannot be read, or does not suit the method.
@@ -68,9 +81,18 @@ def open_feed(
         _check_asked_apart(session, distributed)
         return _streamed(session, pair, distributed)
     dataset = _open(session)
-    encoded = _encoded(session, pair, dataset, output, distributed, say)
+    micros = None if steps is None else steps * session.config.train.accumulate + PREFETCHED
+    if isinstance(pair, TextRows) and data.packing and micros is not None:
+        full = pair.packed(pair.rows(dataset[index]) for index in range(len(dataset)))
+        return _packed(session, pair, islice(full, micros * data.batch_size), distributed)
+    only = None
+    if micros is not None:
+        first = islice(_order(session, dataset.groups, distributed, 0), micros)
+        only = {index for micro in first for index in micro.indices}
+    encoded = _encoded(session, pair, dataset, output, distributed, say, only)
     if isinstance(pair, TextRows) and data.packing:
-        return _packed(session, pair, encoded, distributed)
+        texts = (_rows(encoded.load(Entry(index)), pair) for index in range(len(encoded)))
+        return _packed(session, pair, pair.packed(texts), distributed)
 
     def batches(start: int) -> Generator[Batch]:
         order = _order(session, dataset.groups, distributed, start)
@@ -138,6 +160,7 @@ def _encoded(
     output: Path,
     distributed: Distributed,
     say: Callable[[str], None],
+    only: Iterable[int] | None,
 ) -> EncodedDataset:
     data = session.config.data
     folder = Path(data.cache) if data.cache else output / "cache"
@@ -147,6 +170,7 @@ def _encoded(
             distributed.rank,
             distributed.world,
             _sparingly(lambda done, total: say(f"encoded {done}/{total}")),
+            only=only,
         )
     distributed.wait()
     return encoded
@@ -173,11 +197,13 @@ def _order(
 
 
 def _packed(
-    session: Session, pair: TextRows[Any], encoded: EncodedDataset, distributed: Distributed
+    session: Session,
+    pair: TextRows[Any],
+    full: Iterable[dict[Reader, Row]],
+    distributed: Distributed,
 ) -> Feed:
-    """Return full rows of the texts in their order, which are then shuffled."""
-    texts = (_rows(encoded.load(Entry(index)), pair) for index in range(len(encoded)))
-    rows = [pair.tensors(row) for row in pair.packed(texts)]
+    """Return full rows of texts, shuffled."""
+    rows = [pair.tensors(row) for row in full]
     if not rows:
         raise UserError("there is no usable example in the data")
 

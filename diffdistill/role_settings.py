@@ -52,6 +52,52 @@ class RoleSettings:
     family: dict[str, Any] | None = None
 
 
+LORA_OPTIONS = ("rank", "alpha", "dropout", "targets", "dora")
+"""What has a say for ``adapter: lora`` alone."""
+
+OF_WEIGHTS = {
+    "path": ("trained", "frozen"),
+    **dict.fromkeys(("adapter", "shadow", "lr", "head", *LORA_OPTIONS), ("trained",)),
+    "of": ("ema", "live"),
+    "decay": ("ema",),
+    "start": ("ema",),
+}
+"""The weights for which an option has a say."""
+
+OF_FORM = ("path", "adapter", "rank", "alpha", "targets", "dropout", "dora", "shadow", "head", "lr")
+"""What a mean has from the roles that it is of."""
+
+
+def check_used(chosen: RoleSettings, default: RoleSettings, where: str) -> None:
+    """Refuse settings that would have no say, such as the rank of a network trained whole.
+
+    The file of a run names all options, so what is as in ``RoleSettings`` or in ``default`` passes.
+
+    Args:
+        chosen: The settings of a role.
+        default: Those that its method gives it.
+        where: The section of the role, for the message.
+
+    Raises:
+        UserError: If there is such a setting.
+    """
+    for option, kinds in OF_WEIGHTS.items():
+        if getattr(chosen, option) in (getattr(RoleSettings(), option), getattr(default, option)):
+            continue
+        if chosen.weights == "mean" and option in OF_FORM:
+            continue  # ``_check_mean`` says more of it
+        if chosen.weights not in kinds:
+            raise UserError(
+                f"{where}.{option} is for weights: {' or '.join(kinds)}, and they are "
+                f"{chosen.weights}: leave {option} out"
+            )
+        if option in LORA_OPTIONS and chosen.adapter != "lora":
+            raise UserError(
+                f"{where}.{option} is for adapter: lora, and it is {chosen.adapter}: "
+                f"set adapter: lora, or leave {option} out"
+            )
+
+
 def check_roles(settings: Mapping[str, RoleSettings]) -> None:
     """Refuse settings of roles that do not go together.
 
@@ -115,7 +161,7 @@ def _check_shadow(name: str, chosen: RoleSettings) -> None:
 def _check_mean(name: str, settings: Mapping[str, RoleSettings]) -> None:
     """Refuse the mean of networks that have not the same weights, and a form of its own."""
     mean = settings[name]
-    own = [o for o in ("path", "adapter", "rank", "alpha", "targets") if not _usual(mean, o)]
+    own = [option for option in OF_FORM if not _usual(mean, option)]
     if own:
         raise UserError(
             f"roles.{name}.{own[0]}: {name} is the mean of the trained roles and has their form: "

@@ -223,8 +223,8 @@ class ImageFamily(LatentFamily):
     def encode_image(self, image: Tensor) -> Tensor:
         """Return float32 latents ``[C, h, w]`` (the mode) of an image in [0, 1], on the CPU."""
         with self.using("vae") as vae:
-            pixels = cropped(image, self.multiple())[None].to(self.device, vae.dtype)
-            return self._to_latents(vae, 2.0 * pixels - 1.0)[0].float().cpu()
+            pixels = cropped(image, self.multiple())[None].to(self.device)
+            return self._to_latents(vae, signed(pixels, vae.dtype))[0].float().cpu()
 
     def target_latents(self, example: Example) -> Tensor:
         """Return the latents of the target, or zeros of its size, ``[C, h, w]``.
@@ -257,6 +257,14 @@ def cropped(image: Tensor, multiple: int) -> Tensor:
         raise UserError(f"an image of {tuple(image.shape[-2:])} pixels is under {multiple} pixels")
     top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
     return image[..., top : top + height, left : left + width]
+
+
+def signed(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return pixels in [0, 1] as those in [-1, 1], rounded to ``dtype`` once, at the end.
+
+    In bf16 ``2 x - 1`` would double the rounding of x, and cancel to a few levels around gray.
+    """
+    return (2.0 * pixels - 1.0).to(dtype)
 
 
 def stacked(encoded: Sequence[Mapping[str, Tensor]], key: str, device: torch.device) -> Tensor:

@@ -59,8 +59,9 @@ def locate(path: str, part: str, revision: str | None = None, *, code: bool = Fa
         code: Whether to download the checkpoint's own code too.
 
     Raises:
-        UserError: If it is not there.
+        UserError: If it is not there, or ``path`` is empty.
     """
+    _check_given(path)
     root = Path(path).expanduser()
     if not root.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is None:
@@ -71,6 +72,14 @@ def locate(path: str, part: str, revision: str | None = None, *, code: bool = Fa
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
         raise UserError(f"{path}: no folder {part!r} in this checkpoint; found {found}")
     return folder
+
+
+def _check_given(path: str) -> None:
+    """Refuse an empty path, which would be the working directory."""
+    if not path:
+        raise UserError(
+            "family.path is missing: set it to a folder, or to a hub id such as 'owner/name'"
+        )
 
 
 def _download(path: str, part: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -94,7 +103,12 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def transformer_folder(path: str, revision: str | None = None) -> Path:
-    """Return the folder of a transformer: ``path`` itself, or its ``transformer`` part."""
+    """Return the folder of a transformer: ``path`` itself, or its ``transformer`` part.
+
+    Raises:
+        UserError: If it is not there, or ``path`` is empty.
+    """
+    _check_given(path)
     root = Path(path).expanduser()
     return root if (root / "config.json").is_file() else locate(path, "transformer", revision)
 

@@ -18,7 +18,7 @@ from transformers import UMT5EncoderModel
 
 from diffdistill.errors import UserError
 from diffdistill.pipelines import loading
-from diffdistill.pipelines.latent import LatentFamily, captured, cropped, stacked
+from diffdistill.pipelines.latent import LatentFamily, captured, cropped, signed, stacked
 from diffdistill.pipelines.loading import DtypeName
 from diffdistill.schedules import shifted
 from diffdistill.types import Batch, Condition, Example, State
@@ -180,9 +180,9 @@ class Wan(LatentFamily):
         """
         num_frames = self.num_latent_frames(len(video))
         with self.using("vae") as vae:
-            pixels = cropped(video, self.multiple()).to(self.device, vae.dtype)
+            pixels = signed(cropped(video, self.multiple()).to(self.device), vae.dtype)
             vae.use_tiling = False
-            mode = vae.encode((2.0 * pixels - 1.0).movedim(0, 1)[None]).latent_dist.mode()
+            mode = vae.encode(pixels.movedim(0, 1)[None]).latent_dist.mode()
             mean, std = normalization(vae)
             latents: Tensor = ((mode.float() - mean) / std)[0].cpu()
         assert latents.shape[1] == num_frames, "the VAE's strides are not those of its config"

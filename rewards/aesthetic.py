@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffdistill.rewards.images import Fit, ImageReward, load_open_clip, prepared
+from diffdistill.rewards.images import Fit, ImageReward, load_open_clip
 from diffdistill.rewards.loading import explained, local, read_weights
 
 LAYERS = ("layers.0.", "layers.2.", "layers.4.", "layers.6.", "layers.7.")
@@ -78,7 +78,7 @@ class Aesthetic(ImageReward):
 
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the ratings ``[N]``; prompts do not matter."""
-        pixels = prepared(images, self.clip.preparation, self.fit)
+        pixels = self.fitted(images, self.clip.preparation, self.fit)
         seen = self.clip.network.encode_image(pixels, normalize=True)
         dtype = next(self.predictor.parameters()).dtype
         rating: Tensor = self.predictor(seen.to(dtype))[:, 0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffdistill.rewards.images import Fit, ImageReward, load_open_clip, prepared
+from diffdistill.rewards.images import Fit, ImageReward, load_open_clip, widened
 from diffdistill.rewards.loading import local
 
 
@@ -49,7 +49,8 @@ class Clip(ImageReward):
     def image_features(self, images: Tensor) -> Tensor:
         """Return unit vectors ``[N, D]``."""
         network, _, preparation = self.clip
-        return normalize(network.encode_image(prepared(images, preparation, self.fit)), dim=-1)
+        seen = network.encode_image(self.fitted(images, preparation, self.fit))
+        return normalize(widened(seen), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Return unit vectors ``[N, D]``; each different prompt is encoded once."""
@@ -57,4 +58,4 @@ class Clip(ImageReward):
         different = list(dict.fromkeys(prompts))
         with torch.no_grad():
             told = network.encode_text(tokenizer(different).to(self.device))
-        return normalize(told, dim=-1)[[different.index(prompt) for prompt in prompts]]
+        return normalize(widened(told), dim=-1)[[different.index(prompt) for prompt in prompts]]

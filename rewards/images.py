@@ -38,7 +38,10 @@ class ImageReward(Reward):
 
     @abstractmethod
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return one score ``[N]`` for images ``[N, 3, H, W]`` in [0, 1] and their prompts."""
+        """Return one score ``[N]`` for images ``[N, 3, H, W]`` in [0, 1] and their prompts.
+
+        The images are not yet of the weights' type (see ``fitted``).
+        """
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the mean score ``[B]`` of the chosen frames."""
@@ -51,11 +54,14 @@ class ImageReward(Reward):
     def score_seen(self, seen: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the mean score ``[B]`` of frames ``[B, N, 3, H, W]``."""
         count = seen.shape[1]
-        images = seen.flatten(0, 1).to(self.device, self.weights_dtype)
+        images = widened(seen.flatten(0, 1).to(self.device))
         repeated = [prompt for prompt in prompts for _ in range(count)]
         scores = self.score_images(images, repeated)
-        full = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return {self.axes[0]: full.unflatten(0, (-1, count)).mean(dim=1)}
+        return {self.axes[0]: widened(scores).unflatten(0, (-1, count)).mean(dim=1)}
+
+    def fitted(self, images: Tensor, preparation: "Preparation", fit: Fit) -> Tensor:
+        """Return ``prepared`` images, rounded to the type of the weights only then."""
+        return prepared(images, preparation, fit).to(self.weights_dtype)
 
     def places(self, gradient: Tensor, videos: Tensor) -> Tensor:
         """Return the saliency ``[B, T, H, W]``: a frame not chosen has that of the nearest."""
@@ -67,6 +73,11 @@ class ImageReward(Reward):
         """Return the middle frames of equal parts of a video."""
         count = min(self.num_frames or total, total)
         return [(2 * part + 1) * total // (2 * count) for part in range(count)]
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return values in float32, or wider if they are: bf16 would round cosines to 0.001."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class Preparation(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffdistill.rewards.images import Fit, ImageReward, Preparation, prepared
+from diffdistill.rewards.images import Fit, ImageReward, Preparation, widened
 from diffdistill.rewards.loading import explained, local
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -81,10 +81,10 @@ class PickScore(ImageReward):
 
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scaled cosines ``[N]``."""
-        pixels = prepared(images, self.preparation, self.fit)
+        pixels = self.fitted(images, self.preparation, self.fit)
         seen = self.network.get_image_features(pixel_values=pixels).pooler_output
-        cosine = (normalize(seen, dim=-1) * self._text_features(prompts)).sum(dim=-1)
-        return self.network.logit_scale.exp() * cosine
+        cosine = (normalize(widened(seen), dim=-1) * self._text_features(prompts)).sum(dim=-1)
+        return widened(self.network.logit_scale).exp() * cosine
 
     @torch.no_grad()
     def _text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -99,4 +99,4 @@ class PickScore(ImageReward):
         told = self.network.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).pooler_output
-        return normalize(told, dim=-1)[[different.index(prompt) for prompt in prompts]]
+        return normalize(widened(told), dim=-1)[[different.index(prompt) for prompt in prompts]]

@@ -77,11 +77,14 @@ def test_a_good_config_trains(toy: Cli) -> None:
         ("family.shfit=3", "family.shfit: unknown key, did you mean 'shift'?"),
         ("roles.techer.decay=3", "unknown role 'techer', did you mean 'teacher'?"),
         ("train.steps=many", "train.steps: Input should be a valid integer"),
+        ("train.betas=[0.9,1.0]", "train.betas.1: Input should be less than 1"),
+        ("train.betas=[-0.1,0.9]", "train.betas.0: Input should be greater than or equal to 0"),
         ("train.steps=0", "train.steps: Input should be greater than 0"),
         ("train.precision=fp8", "train.precision: Input should be 'fp32' or 'bf16'"),
         ("method.name=d-opds", "unknown method 'd-opds', did you mean 'd-opsd'?"),
         ("family.name=flux2-klien", "unknown family 'flux2-klien', did you mean 'flux2-klein'?"),
         ("method.name=nowhere:Class", "cannot load the method 'nowhere:Class'"),
+        ("roles.student.adapter=none", "is for adapter: lora, and it is none"),
         ("roles.teacher.of=critic", "which is not a trained role; trained here: student"),
         ("roles.student.targets=[to_q]", "LoRA target 'to_q' matches no layer; suffixes here: mix"),
         ("data.path=nowhere", "nowhere"),
@@ -105,6 +108,29 @@ def test_a_config_that_is_not_there_names_the_near_bundled_one(
 def test_a_config_that_is_not_yaml_is_named(toy: Cli) -> None:
     toy.config.write_text("train: [")
     assert f"{toy.config}: not valid YAML" in toy.fails()
+
+
+def test_a_config_that_cannot_be_read_is_named(toy: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert f"cannot read {toy.config}: Permission denied" in toy.fails()
+
+
+def test_a_family_without_its_path_says_that_it_is_missing(toy: Cli) -> None:
+    values = yaml.safe_load(toy.config.read_text())
+    toy.config.write_text(yaml.safe_dump(values | {"family": {"name": "z-image"}}))
+    assert "family.path is missing" in toy.fails()
+
+
+def test_a_schema_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "no" / "such.json"
+    code, printed = run_cli(monkeypatch, capsys, "schema", "--output", str(file))
+    assert code == 2
+    assert f"error: cannot write {file}: No such file or directory" in printed
 
 
 def test_an_empty_data_set_is_an_error(toy: Cli, tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ def test_examples_are_encoded_in_batches_and_the_encoders_released(
     assert [int(encoded[index]["length"]) for index in range(len(encoded))] == [1, 2, 3, 4, 5]
 
 
+def test_only_the_examples_that_are_wanted_are_encoded(tmp_path: Path) -> None:
+    dataset, family = read(tmp_path, prompt_dropout=0.5), Lengths()
+    encoded = EncodedDataset(dataset, family, tmp_path / "cache")
+    encoded.prepare(only=[1, 3])
+    assert family.calls == [["bb", "", "dddd", ""]]
+    assert int(encoded[3]["length"]) == 4
+    assert len(encoded.missing()) == 6
+
+
 def test_nothing_is_encoded_twice(dataset: ExampleDataset, tmp_path: Path) -> None:
     prepared(dataset, tmp_path)
     again = Lengths()

@@ -77,6 +77,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(
     assert sorted(p.name for p in kept.folder.iterdir()) == ["latest", "step-000001"]
 
 
+def test_folders_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("step-000004", "step-old", "step-1000000", "step-000004.bak", "step-"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.names() == ["step-000004", "step-1000000"]
+    checkpoints.abandon_after(4)
+    assert checkpoints.names() == ["step-000004"]
+    assert (tmp_path / "checkpoints" / "step-old").is_dir()
+
+
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no usable checkpoint"):
         Checkpoints(tmp_path).load()

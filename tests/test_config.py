@@ -49,6 +49,52 @@ def test_an_average_of_the_student_is_one_more_role() -> None:
     assert "average" not in parse_config(values()).roles
 
 
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (
+            {"student": {"rank": 32}},
+            r"roles.student.rank is for adapter: lora, and it is none: "
+            r"set adapter: lora, or leave rank out$",
+        ),
+        ({"student": {"adapter": "none", "alpha": 8}}, r"student.alpha is for adapter: lora"),
+        ({"student": {"dropout": 0.1}}, r"student.dropout is for adapter: lora"),
+        ({"student": {"targets": ["mix"]}}, r"student.targets is for adapter: lora"),
+        ({"student": {"dora": True}}, r"student.dora is for adapter: lora"),
+        (
+            {"student": {"decay": 0.5}},
+            r"student.decay is for weights: ema, and they are trained: leave decay out$",
+        ),
+        ({"student": {"start": 3}}, r"student.start is for weights: ema"),
+        ({"student": {"of": "teacher"}}, r"student.of is for weights: ema or live"),
+        ({"teacher": {"weights": "frozen", "adapter": "lora"}}, r"adapter is for weights: trained"),
+        ({"teacher": {"weights": "frozen", "lr": 1e-3}}, r"lr is for weights: trained, .* frozen"),
+        ({"teacher": {"weights": "frozen", "decay": 0.5}}, r"decay is for weights: ema"),
+        ({"teacher": {"weights": "frozen", "head": True}}, r"head is for weights: trained"),
+        ({"teacher": {"weights": "live", "decay": 0.5}}, r"decay is for weights: ema"),
+        ({"teacher": {"rank": 8}}, r"teacher.rank is for weights: trained, and they are ema"),
+        ({"teacher": {"path": "folder"}}, r"path is for weights: trained or frozen"),
+    ],
+)
+def test_a_setting_of_a_role_that_would_have_no_say_is_refused(roles: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_config(values(roles=roles))
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher"),
+    [
+        ("d-opsd", {"weights": "frozen", "adapter": "none", "rank": 64, "lr": None}),
+        ("sdpo", {"weights": "frozen"}),
+        ("sdpo", {"weights": "live", "decay": 0.95}),
+    ],
+)
+def test_what_a_role_has_by_default_may_be_written_out(method: str, teacher: Any) -> None:
+    config = parse_config(values(method={"name": method}, roles={"teacher": teacher}))
+    assert config.roles["teacher"].weights == teacher["weights"]
+    assert parse_config(config.to_dict()) == config
+
+
 def test_scientific_notation_that_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
     path = written(tmp_path, "family: {name: toy}\nmethod: {name: sft}\ntrain: {lr: 2e-5}\n")
     assert load_config(path).train.lr == 2e-5

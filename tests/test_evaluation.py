@@ -160,7 +160,7 @@ def test_the_patch_distance_falls_to_zero_as_an_image_becomes_its_target(tmp_pat
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     Dinov2Model(config).save_pretrained(tmp_path)
-    distance = PatchDistance.load(tmp_path)
+    distance = PatchDistance.load(tmp_path, CPU)
     image, target = torch.rand(2, 1, 3, 32, 32)
     mixed = [float(distance(torch.lerp(image, target, s), target)) for s in (0.0, 0.5, 1.0)]
     assert mixed[0] > mixed[1] > mixed[2]
@@ -186,7 +186,7 @@ def test_the_feature_distance_is_that_of_unit_length_features() -> None:
 def test_damaged_vgg_weights_are_one_line(tmp_path: Path) -> None:
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match=r"evaluate.perceptual_path: cannot load"):
-        FeatureDistance.load(tmp_path / "vgg.pth")
+        FeatureDistance.load(tmp_path / "vgg.pth", CPU)
 
 
 class FlatClip:
@@ -195,6 +195,10 @@ class FlatClip:
     visual = SimpleNamespace(image_size=(4, 4), image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
 
     def eval(self) -> "FlatClip":
+        return self
+
+    def to(self, device: torch.device) -> "FlatClip":
+        self.device = device
         return self
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -216,9 +220,43 @@ def test_the_clip_score_is_the_cosine_of_image_and_its_own_prompt() -> None:
     )
 
 
+def test_measures_are_computed_on_the_device_they_are_given(tmp_path: Path) -> None:
+    meta, images = torch.device("meta"), torch.rand(2, 3, 32, 32)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path)
+    distance = PatchDistance.load(tmp_path, meta)
+    assert {p.device.type for p in distance.network.parameters()} == {"meta"}
+    assert distance(images, images).device.type == "meta"
+    assert FeatureDistance(Plain(), meta)(images, images).device.type == "meta"
+    score = ClipScore(FlatClip(), read_colors, meta)
+    assert score.network.device == meta
+    assert score(images, ["1 0 0", "1 1 0"]).device.type == "meta"
+
+
+@pytest.mark.parametrize(("metric", "name"), [("clip", "ClipScore"), ("dino", "PatchDistance")])
+def test_models_of_metrics_are_loaded_on_the_device_of_the_session(
+    data: Path, monkeypatch: pytest.MonkeyPatch, metric: str, name: str
+) -> None:
+    given: list[Any] = []
+
+    class Loader:
+        @classmethod
+        def load(cls, *arguments: Any) -> Any:
+            given.extend(arguments)
+            return lambda images, others: torch.zeros(len(images))
+
+    monkeypatch.setattr(f"diffdistill.evaluation.groups.{name}", Loader)
+    session = make_session(data)
+    path = str(data / "0.png")
+    make_groups(session, EvaluateSettings(metrics=[metric], clip_path=path, dino_path=path))
+    assert given[-1] is session.device
+
+
 def test_an_architecture_that_would_be_downloaded_is_refused() -> None:
     with pytest.raises(UserError, match="no built-in OpenCLIP architecture"):
-        ClipScore.load("hf-hub:someone/something", Path("weights.pt"))
+        ClipScore.load("hf-hub:someone/something", Path("weights.pt"), CPU)
 
 
 def test_prompts_are_read_from_lines_and_json_lines(tmp_path: Path) -> None:

@@ -284,6 +284,22 @@ def test_z_image_latents_are_the_mode_shifted_and_scaled(root: Path) -> None:
     torch.testing.assert_close(latents, (mode - 0.1159) * 0.3611)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bf16_vae_gets_pixels_that_were_rounded_once(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, seen = picture(32, 32, 0), list[Tensor]()
+    if name == "wan":
+        family: LatentFamily = Wan(path=str(root / name), device=CPU, vae_dtype="bf16")
+    else:
+        family = (klein if name == "klein" else z_image)(root, view="none", dtype="bf16")
+    with family.using("vae") as vae:
+        encode = vae.encode
+        monkeypatch.setattr(vae, "encode", lambda x: seen.append(x) or encode(x))
+    family.encode([Example("a", image)])
+    assert torch.equal(seen[0].flatten(), (2 * image - 1).bfloat16().flatten())
+
+
 def test_the_vlm_sees_pixels_that_are_not_scaled_down_twice(root: Path) -> None:
     family, image = z_image(root, vlm_min_pixels=64 * 64), picture(64, 64, 0)
     seen: list[Tensor] = []

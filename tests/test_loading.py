@@ -69,6 +69,10 @@ def test_flux2_dev_is_not_taken_for_klein(copy: Path) -> None:
 
 
 def test_a_missing_checkpoint_or_part_is_named(copy: Path, monkeypatch: Any) -> None:
+    with pytest.raises(UserError, match=r"family.path is missing"):
+        loading.locate("", "transformer")
+    with pytest.raises(UserError, match=r"family.path is missing"):
+        loading.transformer_folder("")
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         klein("/nowhere/at/all").network()
     shutil.rmtree(copy / "transformer")

@@ -128,6 +128,33 @@ def test_the_gradient_is_the_slope(make: Maker, kind: type[ImageReward]) -> None
     assert_gradient_is_the_slope(reward, pixels, PROMPTS[:2], eps=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Clip, HPSv2, PickScore])
+def test_scores_of_bf16_weights_are_not_rounded_to_bf16(
+    make: Maker, kind: type[ImageReward]
+) -> None:
+    reward: Any = make(kind, dtype="bf16", num_frames=None)
+    (axis,) = reward.axes
+    base = videos(size=(1, 1, 3, 8, 8))
+    pixels = torch.cat([base + 0.02 * step for step in range(16)]).clamp(0, 1).requires_grad_()
+    scores = reward.score(pixels, ["a red fox"] * 16)[axis]
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().sum() > 0
+
+
+def test_the_cosine_is_the_float32_one_of_bf16_features(make: Maker) -> None:
+    reward: Any = make(Clip, dtype="bf16", num_frames=None)
+    pixels = videos(size=(3, 1, 3, 12, 10))
+    model, tokenizer, preparation = reward.clip
+    with torch.no_grad():
+        seen = model.encode_image(prepared(pixels[:, 0], preparation, "crop").bfloat16())
+        told = model.encode_text(tokenizer(PROMPTS))
+    expected = nn.functional.cosine_similarity(seen.float(), told.float(), dim=-1)
+    torch.testing.assert_close(reward.score(pixels, PROMPTS)["text"], expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_judging_is_the_same_in_any_micro_batch_and_leaves_no_gradient(
     make: Maker, kind: type[ImageReward]

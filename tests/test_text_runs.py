@@ -22,9 +22,11 @@ from diffdistill.commands.train import dry_run, train
 from diffdistill.config import parse_config
 from diffdistill.errors import UserError
 from diffdistill.pipelines.text_pair import TextPair
+from diffdistill.pipelines.text_rows import TextRows
 from diffdistill.projection import dense
 from diffdistill.session import build
 from diffdistill.trainer import Trainer
+from diffdistill.types import Example
 from tests.conftest import CPU
 from tests.text_run import save_world, text_batch, text_values, write_chats
 from tests.toy_run import forked, losses
@@ -181,6 +183,23 @@ def test_a_dry_run_counts_parameters_and_leaves_nothing(
     assert "14" in text  # seven linear layers in each of two blocks
     assert "one step: loss/student" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_packed_rows_reads_the_texts_of_its_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def rows(pair: TextRows[Any], example: Example) -> Any:
+        read.append(example.origin)
+        return reader(pair, example)
+
+    reader = TextRows.rows
+    monkeypatch.setattr(TextRows, "rows", rows)
+    values = values_of("bd3lm on packed rows", world)
+    values["data"]["path"] = str(write_chats(tmp_path / "chats.jsonl", 100))
+    dry_run(parse_config(values))
+    assert 0 < len(read) < 50
 
 
 def test_the_command_line_takes_a_config_with_a_teacher_of_another_family(

@@ -1,21 +1,23 @@
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffdistill.commands.train import dry_run, train
 from diffdistill.config import RunConfig, parse_config
 from diffdistill.distributed import Distributed
 from diffdistill.errors import UserError
 from diffdistill.methods.sft import SFT
+from diffdistill.pipelines.toy import Toy
 from diffdistill.session import build
 from diffdistill.trainer import Trainer
-from diffdistill.types import Batch, Loss, Progress
+from diffdistill.types import Batch, Example, Loss, Progress
 from tests.toy_run import losses, make_data, toy_config, toy_values
 
 
@@ -203,6 +205,23 @@ def test_a_dry_run_reports_and_leaves_nothing(
     assert "36" in text  # 12 of the network, 12 of each adapter
     assert "33.33%" in text
     assert "saved for backward" in text
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_dry_run_encodes_what_its_step_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    encoded: list[str] = []
+
+    def encode(family: Toy, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        encoded.extend(example.prompt for example in examples)
+        return encoder(family, examples)
+
+    encoder = Toy.encode
+    monkeypatch.setattr(Toy, "encode", encode)
+    text = dry_run(toy_config(make_data(tmp_path / "data", 30), accumulate=accumulate))
+    assert "one step: loss/student" in text
+    assert len(encoded) == len(set(encoded)) == 2 * (accumulate + 1)
 
 
 def test_samples_are_drawn_every_few_steps_and_do_not_change_training(tmp_path: Path) -> None:

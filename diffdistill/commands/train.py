@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -68,6 +69,8 @@ def train(config: RunConfig, output: Path, resume: str | None = None) -> None:
 def dry_run(config: RunConfig) -> str:
     """Build everything, run one step, and return what was found; leaves nothing behind.
 
+    Of the data, all is listed, and what that step needs is encoded.
+
     Raises:
         UserError: On several processes, or for anything wrong in the config.
     """
@@ -76,7 +79,7 @@ def dry_run(config: RunConfig) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, data=replace(config.data, cache=f"{folder}/cache"))
         distributed = Distributed()
-        run = _assemble(config, Path(folder), None, distributed)
+        run = _assemble(config, Path(folder), None, distributed, steps=1)
         with closing(run.batches):
             return describe(run.trainer)
 
@@ -91,8 +94,14 @@ class Run(NamedTuple):
     resumed: Path | None
 
 
-def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: Distributed) -> Run:
-    """Return the run, at its checkpoint if one is resumed."""
+def _assemble(
+    config: RunConfig,
+    output: Path,
+    resume: str | None,
+    distributed: Distributed,
+    steps: int | None = None,
+) -> Run:
+    """Return the run, at its checkpoint if one is resumed; ``steps`` is that of ``open_feed``."""
     check_evaluate(config)
     _check_optimizer(config, distributed)
     _divide(config, distributed)
@@ -103,7 +112,8 @@ def _assemble(config: RunConfig, output: Path, resume: str | None, distributed: 
         _say(distributed, open_obligations)
     if (reward := getattr(session.method, "reward", None)) is not None:
         load_rewards(reward)
-    feed = open_feed(session, output, distributed, lambda text: _say(distributed, text))
+    say = partial(_say, distributed)
+    feed = open_feed(session, output, distributed, say, steps=steps)
     painter = _painter(session, feed, output, distributed)
     checkpoints = Checkpoints(output, config.train.keep)
     snapshot = None

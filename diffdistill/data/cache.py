@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -148,9 +148,18 @@ class EncodedDataset:
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return self.folder / f"{name}.safetensors"
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[Entry]:
-        """Return what this rank has to encode: files that are not there or are damaged."""
-        mine = list(self._files().items())[rank::world]
+    def missing(
+        self, rank: int = 0, world: int = 1, *, only: Iterable[int] | None = None
+    ) -> list[Entry]:
+        """Return what this rank has to encode: files that are not there or are damaged.
+
+        Args:
+            rank: The number of this rank.
+            world: The number of ranks that share the work.
+            only: The examples that will be read; None is all.
+        """
+        indices = range(len(self)) if only is None else only
+        mine = list(self._files(indices).items())[rank::world]
         return [entry for file, entry in mine if not _is_whole(file)]
 
     def prepare(
@@ -158,6 +167,8 @@ class EncodedDataset:
         rank: int = 0,
         world: int = 1,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        only: Iterable[int] | None = None,
     ) -> None:
         """Encode what is missing of this rank's share, then release the encoders.
 
@@ -167,9 +178,10 @@ class EncodedDataset:
             rank: The number of this rank.
             world: The number of ranks that share the work (and the folder).
             progress: Called with how many are done, and of how many.
+            only: The examples that will be read; None is all.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing, done = self.missing(rank, world), 0
+        missing, done = self.missing(rank, world, only=only), 0
         for entries in self._alike(missing):
             examples = [self._example(entry) for entry in entries]
             for entry, tensors in zip(entries, self._family.encode(examples), strict=True):
@@ -178,9 +190,9 @@ class EncodedDataset:
             progress(done, len(missing))
         self._family.release()
 
-    def _files(self) -> dict[Path, Entry]:
+    def _files(self, indices: Iterable[int]) -> dict[Path, Entry]:
         kinds = (False, True) if self.dataset.settings.prompt_dropout else (False,)
-        entries = (Entry(index, dropped) for index in range(len(self)) for dropped in kinds)
+        entries = (Entry(index, dropped) for index in indices for dropped in kinds)
         return {self.file(entry): entry for entry in entries}
 
     def _alike(self, entries: list[Entry]) -> Iterator[list[Entry]]:

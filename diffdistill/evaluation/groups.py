@@ -116,7 +116,7 @@ def _prompt_group(
     prompts = read_prompts(Path(path))
     num_images = settings.num_images or NUM_PICTURES
     encoded = encode_prompts(session, prompts, size)
-    measure = _averages({"clip": _clip(settings, prompts, num_images)})
+    measure = _averages({"clip": _clip(session, settings, prompts, num_images)})
     return Group("prompts", encoded, size, num_images, measure)
 
 
@@ -127,14 +127,14 @@ def _data_group(session: Session, settings: EvaluateSettings, metrics: Set[Metri
     num_images = settings.num_images or NUM_PICTURES
     scores: dict[str, Score] = {}
     if "clip" in metrics:
-        scores["clip"] = _clip(settings, [e.prompt for e in examples], num_images)
+        scores["clip"] = _clip(session, settings, [e.prompt for e in examples], num_images)
     if "dino" in metrics:
         path = local(settings.dino_path, "dino_path", "the folder of a transformers vision model")
-        scores["dino"] = _to_targets(PatchDistance.load(path), examples, num_images)
+        scores["dino"] = _to_targets(PatchDistance.load(path, session.device), examples, num_images)
     if "perceptual" in metrics:
         what = "a file with torchvision's weights of VGG16"
         path = local(settings.perceptual_path, "perceptual_path", what)
-        distance = FeatureDistance.load(path)
+        distance = FeatureDistance.load(path, session.device)
         scores["perceptual"] = _to_targets(distance, examples, num_images)
     encoded, size = encode_examples(session, examples), commonest_size(dataset)
     return Group("data", encoded, size, num_images, _averages(scores))
@@ -144,9 +144,12 @@ def _averages(scores: Mapping[str, Score]) -> Callable[[Tensor], Mapping[str, fl
     return lambda pixels: {name: float(score(pixels).mean()) for name, score in scores.items()}
 
 
-def _clip(settings: EvaluateSettings, prompts: Sequence[str], num_images: int) -> Score:
+def _clip(
+    session: Session, settings: EvaluateSettings, prompts: Sequence[str], num_images: int
+) -> Score:
     what = f"a file with the weights of OpenCLIP's {settings.clip_model}"
-    score = ClipScore.load(settings.clip_model, local(settings.clip_path, "clip_path", what))
+    path = local(settings.clip_path, "clip_path", what)
+    score = ClipScore.load(settings.clip_model, path, session.device)
     told = [prompt for prompt in prompts for _ in range(num_images)]
     return lambda pixels: score(pixels, told)
 

@@ -1,6 +1,7 @@
 """Learned measures of images, from models on the disk: nothing is ever downloaded.
 
-All take images ``[N, 3, H, W]`` in [0, 1] and return one number for each, ``[N]``.
+All take images ``[N, 3, H, W]`` in [0, 1], on any device, and return one number for each, ``[N]``,
+on the device that they were given.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from diffdistill.errors import UserError
 
+CPU = torch.device("cpu")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VGG_LAYERS = (3, 8, 15, 22, 29)
@@ -38,15 +40,24 @@ class ClipScore:
     Args:
         network: An OpenCLIP model.
         tokenizer: Its tokenizer.
+        device: Where it is computed.
     """
 
-    def __init__(self, network: Any, tokenizer: Callable[[Sequence[str]], Tensor]) -> None:
-        self.network = network.eval()
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Callable[[Sequence[str]], Tensor],
+        device: torch.device = CPU,
+    ) -> None:
+        self.device = device
+        self.network = network.eval().to(device)
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, name: str, path: Path) -> Self:
+    def load(cls, name: str, path: Path, device: torch.device) -> Self:
         """Return the score of the architecture ``name`` with the weights in the file ``path``.
+
+        It is computed on ``device``.
 
         Raises:
             UserError: If OpenCLIP has no such architecture or the weights do not fit.
@@ -59,15 +70,16 @@ class ClipScore:
             network = open_clip.create_model(name, pretrained=str(path))
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"evaluate.clip_path: cannot load {path}: {error}") from error
-        return cls(network, open_clip.get_tokenizer(name))
+        return cls(network, open_clip.get_tokenizer(name), device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosine of each image and its prompt."""
         visual = self.network.visual
-        pixels = _prepared(images, visual.image_size, visual.image_mean, visual.image_std)
+        size, mean, std = visual.image_size, visual.image_mean, visual.image_std
+        pixels = _prepared(images.to(self.device), size, mean, std)
         seen = torch.cat([self.network.encode_image(part) for part in pixels.split(32)])
-        told = self.network.encode_text(self.tokenizer(list(prompts)))
+        told = self.network.encode_text(self.tokenizer(list(prompts)).to(self.device))
         return cosine_similarity(seen, told, dim=-1)
 
 
@@ -76,14 +88,16 @@ class PatchDistance:
 
     Args:
         network: A transformers vision model.
+        device: Where it is computed.
     """
 
-    def __init__(self, network: Any) -> None:
-        self.network = network.eval()
+    def __init__(self, network: Any, device: torch.device = CPU) -> None:
+        self.device = device
+        self.network = network.eval().to(device)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Return the distance in the model of a transformers folder.
+    def load(cls, path: Path, device: torch.device) -> Self:
+        """Return the distance in the model of a transformers folder, computed on ``device``.
 
         Raises:
             UserError: If it cannot be loaded, or is no vision transformer.
@@ -97,7 +111,7 @@ class PatchDistance:
         config = network.config
         if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
             raise UserError(f"evaluate.dino_path: {path} is no vision transformer")
-        return cls(network)
+        return cls(network, device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ class PatchDistance:
         """Return the mean patch token ``[N, D]``, without class and register tokens."""
         side = self.network.config.image_size
         num_patches = (side // self.network.config.patch_size) ** 2
-        pixels = _prepared(images, side, IMAGENET_MEAN, IMAGENET_STD)
+        pixels = _prepared(images.to(self.device), side, IMAGENET_MEAN, IMAGENET_STD)
         tokens = [self.network(pixel_values=p).last_hidden_state for p in pixels.split(32)]
         return torch.cat(tokens)[:, -num_patches:].mean(dim=1)
 
@@ -121,14 +135,18 @@ class FeatureDistance:
 
     Args:
         features: The convolutional layers of VGG16.
+        device: Where it is computed.
     """
 
-    def __init__(self, features: nn.Module) -> None:
-        self.features = features.eval()
+    def __init__(self, features: nn.Module, device: torch.device = CPU) -> None:
+        self.device = device
+        self.features = features.eval().to(device)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path, device: torch.device) -> Self:
         """Return the distance with torchvision's VGG16 weights (.pth or .safetensors).
+
+        It is computed on ``device``.
 
         Raises:
             UserError: If they cannot be loaded.
@@ -140,11 +158,12 @@ class FeatureDistance:
             features.load_state_dict(_vgg_weights(path))
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"evaluate.perceptual_path: cannot load {path}: {error}") from error
-        return cls(features)
+        return cls(features, device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return the distance of each image to its target, ``[N]``, at the images' size."""
+        images, targets = images.to(self.device), targets.to(self.device)
         targets = interpolate(targets, images.shape[-2:], mode="bilinear", antialias=True)
         pairs = zip(images.split(8), targets.split(8), strict=True)
         return torch.cat([self._distance(image, target) for image, target in pairs])
@@ -183,5 +202,5 @@ def _prepared(
 
 
 def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    shift, scale = (torch.tensor(v, dtype=images.dtype).view(3, 1, 1) for v in (mean, std))
+    shift, scale = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
     return (images - shift) / scale

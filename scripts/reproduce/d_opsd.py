@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "samples" / "d-opsd"
 ADAPTERS = {
     "lora": ["roles.student.adapter=lora", "train.lr=3e-4"],
-    "full": ["roles.student.adapter=none", "train.lr=1e-4"],
+    "full": ["roles.student={adapter: none}", "train.lr=1e-4"],
 }
 ARMS = {
     "sft": ("sft/digits", []),
