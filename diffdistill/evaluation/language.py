@@ -17,7 +17,7 @@ from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.evaluation.likelihood import MonteCarlo, bound
 from diffdistill.methods.tide import Tide
-from diffdistill.noising import Estimate, uniform
+from diffdistill.noising import Estimate
 from diffdistill.pipelines.answers import AnswerSampler
 from diffdistill.pipelines.block_diffusion import chat_tokens
 from diffdistill.pipelines.chats import Messages, chat_row, read_chat
@@ -290,7 +290,7 @@ def hidden_likelihood(
         sides = pair.text(batch), pair.text(batch, reader="teacher")
         count = num_chunks(*(side.chunks for side in sides))
         level = draws.uniform("level", batch["ids"])
-        number = uniform(draws, "hidden", batch["ids"], (pair.student.max_length,))[:, :count]
+        number = draws.uniform("hidden", batch["ids"], (pair.student.max_length,))[:, :count]
         active = number < level[:, None]
         for side in sides:
             active &= select_whole(side.maskable, side.chunks, count)

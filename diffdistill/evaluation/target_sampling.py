@@ -17,7 +17,6 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation.calibration import extrapolating
 from diffdistill.evaluation.means import Means
 from diffdistill.evaluation.subject import Say, Subject
-from diffdistill.noising import uniform
 from diffdistill.pipelines.answers import is_one_of
 from diffdistill.pipelines.causal_sampling import answers_of
 from diffdistill.projection import Prediction, dense, prediction_rows, with_rows
@@ -109,7 +108,7 @@ def target_answers(
         (subject.teacher, family.condition(batch, reader="teacher", exposure=subject.exposure)),
         (method.reference, family.condition(batch)),
     ]
-    numbers = uniform(subject.draws, "target", batch["ids"], (sampling.max_tokens,))
+    numbers = subject.draws.uniform("target", batch["ids"], (sampling.max_tokens,))
     ends = family.student.end_ids
     tokens = torch.zeros(len(asked), 0, dtype=torch.long, device=family.device)
     for place in range(sampling.max_tokens):
