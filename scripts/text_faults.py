@@ -242,7 +242,7 @@ FAULTS = [
     (
         "text: the answer hidden at exposure 0",
         "diffdistill/exposures.py",
-        'return shown + ((answer or "") if box is None else solution[box[0] : box[1]])',
+        'return shown + ((answer or "") if box is None else solution[box.start : box.stop])',
         "return shown",
     ),
     (

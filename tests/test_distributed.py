@@ -24,7 +24,7 @@ from tests.test_given_runs import given_values
 from tests.test_method_copd import LORA, copd_values, save_skills
 from tests.text_run import save_world, text_values
 from tests.tiny_streams import stream_values
-from tests.toy_run import losses, make_data, toy_values
+from tests.toy_run import adapted, losses, make_data, toy_values
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def two_ranks(mode: str, values: dict[str, Any], output: Path, *resume: str) -> 
 
 def values_of(data: Path, adapter: str, batch_size: int) -> dict[str, Any]:
     values = toy_values(data, steps=4, clip=0.05)
-    values["roles"]["student"] = {"adapter": adapter, "rank": 2}
+    values["roles"]["student"] = adapted(adapter, rank=2)
     values["data"]["batch_size"] = batch_size
     values["sample"] = {"every": 4}
     return values
@@ -159,7 +159,7 @@ def test_two_ranks_answer_and_learn_as_one_does(
     for name, batch_size in (("one", 4), ("two", 2)):
         values = answer_values(world, data={"batch_size": batch_size})
         values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
-        student = {"adapter": adapter, "rank": 2, "alpha": 2}
+        student = adapted(adapter, rank=2, alpha=2)
         values["roles"] = {"student": student, "teacher": {"weights": teacher}}
         runs[name] = values
     one, two = both(mode, runs, tmp_path, rel=1e-4)
@@ -274,7 +274,7 @@ def test_two_ranks_train_a_language_model_as_one_does(
     for name, batch_size in (("one", 4), ("two", 2)):
         values = text_values(world, method, data={"batch_size": batch_size})
         values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
-        values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
+        values["roles"]["student"] = adapted(adapter, rank=2, alpha=2)
         runs[name] = values
     one, two = both(mode, runs, tmp_path, rel=1e-4)
     check_alike(one, two, rtol=1e-2, atol=5e-4, of="role")
@@ -288,7 +288,7 @@ def test_byte_heads_are_trained_alike_on_two_ranks(mode: str, adapter: str, tmp_
     for name, batch_size in (("one", 4), ("two", 2)):
         values = given_values(world, "bld", data={"batch_size": batch_size})
         values["train"] |= {"steps": 3, "clip": 0.05, "gradient_checkpointing": True}
-        values["roles"]["student"] = {"adapter": adapter, "rank": 2, "alpha": 2}
+        values["roles"]["student"] = adapted(adapter, rank=2, alpha=2)
         runs[name] = values
     one, two = both(mode, runs, tmp_path, rel=1e-4)
     assert any("head.layers" in name for name in one)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -444,7 +445,9 @@ class Constant(Draws):
         super().__init__(0)
         self.t = t
 
-    def uniform(self, purpose: str, ids: Tensor) -> Tensor:
+    def uniform(self, purpose: str, ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        if shape:
+            return super().uniform(purpose, ids, shape)
         return torch.full(ids.shape, 1.0 if self.t else -1.0)
 
 

@@ -22,12 +22,13 @@ from diffdistill.sampling import (
 from diffdistill.session import Session, build
 from diffdistill.types import Condition, Example, State
 from tests.conftest import CPU, Spy, disturb, make_batch
+from tests.toy_run import adapted
 
 PROMPTS = ["0.1", "0.2", "0.3"]
 
 
 def make_session(method: str = "d-opsd", adapter: str = "lora") -> Session:
-    student = {"adapter": adapter, "rank": 2, "alpha": 4}
+    student = adapted(adapter, rank=2, alpha=4)
     values = {"family": {"name": "toy"}, "method": {"name": method}, "roles": {"student": student}}
     session = build(parse_config(values), CPU)
     disturb(session.roles["student"], seed=1)

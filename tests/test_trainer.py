@@ -18,7 +18,7 @@ from diffdistill.pipelines.toy import Toy
 from diffdistill.session import build
 from diffdistill.trainer import Trainer
 from diffdistill.types import Batch, Example, Loss, Progress
-from tests.toy_run import losses, make_data, toy_config, toy_values
+from tests.toy_run import adapted, losses, make_data, toy_config, toy_values
 
 
 def batches(session: Any, size: int) -> Iterator[Batch]:
@@ -50,7 +50,7 @@ def weights(trainer: Trainer, role: str = "student") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_micro_batches_do_not_change_the_step(adapter: str, tmp_path: Path) -> None:
     values = toy_values(tmp_path, clip=0.05)
-    values["roles"]["student"] = {"adapter": adapter, "rank": 2}
+    values["roles"]["student"] = adapted(adapter, rank=2)
     runs = {}
     for size, accumulate in ((8, 1), (4, 2), (2, 4)):
         values["train"]["accumulate"] = accumulate

@@ -13,6 +13,11 @@ from PIL import Image
 from diffdistill.config import RunConfig, parse_config
 
 
+def adapted(adapter: str, **lora: int) -> dict[str, Any]:
+    """Return the settings of a role with a LoRA of this size, or without an adapter."""
+    return {"adapter": adapter, **(lora if adapter == "lora" else {})}
+
+
 def make_data(folder: Path, count: int = 12) -> Path:
     """Write ``count`` random 8x8 images with numbers as captions."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -127,5 +127,5 @@ class Level(Draws):
         super().__init__(0)
         self.number = number
 
-    def uniform(self, purpose: str, ids: Tensor) -> Tensor:
-        return torch.full(ids.shape, self.number)
+    def uniform(self, purpose: str, ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        return super().uniform(purpose, ids, shape) if shape else torch.full(ids.shape, self.number)
