@@ -16,8 +16,9 @@ from peft import ShadowConfig
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from diffdistill.caches import cache_argument
 from diffdistill.errors import UserError
-from diffdistill.shadow_tuner import PaperShadow, Shadow, cache_name
+from diffdistill.shadow_tuner import PaperShadow, Shadow
 
 Variant = Literal["peft", "paper"]
 
@@ -135,7 +136,7 @@ def _hold(network: nn.Module, body: Any, tuner: Shadow) -> None:
     for container in CONTAINERS:
         if hasattr(tuner, container):
             setattr(network, container, getattr(tuner, container))
-    attached, name = body.forward, cache_name(body)
+    attached, name = body.forward, cache_argument(body)
 
     @functools.wraps(attached)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -8,14 +8,13 @@ from peft.tuners.shadow.layers import ShadowLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from diffdistill.caches import cache_argument, follower
 from diffdistill.errors import UserError
 
 NOT_MERGED = (
     "a shadow cannot be merged into its base, because what it adds depends on the input: export it "
     "as layout shadow, or alone as layout detached"
 )
-
-FOLLOWED = ("crop", "batch_select_indices", "batch_repeat_interleave", "reorder_cache", "reset")
 
 
 class Shadow(ShadowModel):
@@ -60,7 +59,7 @@ class Shadow(ShadowModel):
         )
         if inputs.get("use_cache") is None:
             inputs["use_cache"] = bool(module.config.use_cache)
-        name = cache_name(module)
+        name = cache_argument(module)
         if inputs["use_cache"] and inputs.get(name) is None:
             inputs[name] = DynamicCache(config=module.config)
         self._seed_shadow_state = self._first_state(module, inputs, name)
@@ -74,7 +73,7 @@ class Shadow(ShadowModel):
             embeddings = body.get_input_embeddings()(inputs["input_ids"])
         kept = inputs.get(cache) if inputs["use_cache"] else None
         if kept is not None and not self.alone:
-            kept = follower(kept, backbone)
+            kept = follower(kept, backbone.config)
         passed = {k: inputs[k] for k in ("attention_mask", "position_ids") if k in inputs}
         weights = next(backbone.parameters())
         found = backbone(
@@ -142,27 +141,3 @@ class PaperShadow(Shadow):
         layer = PaperLayer(target, name, config=config, hidden_size=self._base_hidden_size())
         layer.__dict__["norms"] = self.shadow_norm  # not a child: every block has the same
         return layer
-
-
-def cache_name(body: Any) -> str:
-    """Return the name of a body's argument with the cache, which transformers 5.24 changed."""
-    names = inspect.signature(body.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
-
-
-def follower(cache: Any, backbone: Any) -> Any:
-    """Return the shadow's own cache beside ``cache``: what is done to one is done to the other."""
-    kept = cache.__dict__.get("_diffdistill_shadow")
-    if kept is None:
-        kept = cache.__dict__["_diffdistill_shadow"] = DynamicCache(config=backbone.config)
-        for name in FOLLOWED:
-            setattr(cache, name, _both(getattr(cache, name), getattr(kept, name)))
-    return kept
-
-
-def _both(first: Any, second: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        second(*args, **kwargs)
-        return first(*args, **kwargs)
-
-    return call

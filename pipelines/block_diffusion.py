@@ -11,7 +11,6 @@ does not depend on it. The answer is followed by end tokens, which are learned, 
 its block; what a batch needs beyond that is padding that no earlier block sees.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from diffdistill.caches import cache_argument
 from diffdistill.errors import UserError
 from diffdistill.noising import TokenLogprob
 from diffdistill.pipelines.sharding import last_hidden
@@ -264,12 +264,6 @@ def headed(network: Any, hidden: Tensor) -> Projection:
 def logit_scale(config: Any) -> float:
     """Return what a causal LM multiplies its logits with (Cohere; Granite divides)."""
     return getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
-
-
-def cache_argument(body: nn.Module) -> str:
-    """Return the name of the cache's argument, which transformers 5.24 changed."""
-    names = inspect.signature(body.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
 
 
 def denoise(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import DynamicCache
 
+from diffdistill.caches import cache_argument
 from diffdistill.draws import Draws
 from diffdistill.errors import UserError
 from diffdistill.noising import MaskNoise, likelihood_bound, nelbo
@@ -15,7 +16,6 @@ from diffdistill.pipelines.block_diffusion import (
     Attention,
     Order,
     attention_of,
-    cache_argument,
     causal_mask,
     chat_tokens,
     clean_logprob,

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from diffdistill.caches import cache_argument
 from diffdistill.draws import Draws
-from diffdistill.pipelines.block_diffusion import cache_argument
 from diffdistill.pipelines.reordering import (
     ReorderedSampler,
     denoise_reordered,
