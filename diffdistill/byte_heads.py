@@ -1,7 +1,8 @@
 """Heads that read the bytes of the next token off a hidden state; dropped after training.
 
 Section 3.2 of BLD (arXiv:2604.07466), as others describe it: linear layers side by side, one for
-each of the first bytes.
+each of the first bytes. All of them begin at zero (ours; the paper's beginning is unconfirmed): the
+network gets no gradient from bytes before its heads have learned something of them.
 """
 
 from typing import Literal
@@ -28,7 +29,7 @@ class ParallelHeads(nn.Module):
         """Take the width of hidden states, and the number of bytes."""
         super().__init__()
         self.num_bytes = num_bytes
-        self.layers = nn.Linear(width, num_bytes * NUM_OUTPUTS)
+        self.layers = _silent(nn.Linear(width, num_bytes * NUM_OUTPUTS))
 
     def forward(self, hidden: Tensor, observed: Tensor) -> Tensor:
         """Return logits ``[N, J, NUM_OUTPUTS]`` from hidden states ``[N, H]``."""
@@ -46,7 +47,7 @@ class AutoregressiveHeads(nn.Module):
         self.state = nn.Linear(width, inner)
         self.place = nn.Parameter(torch.zeros(num_bytes, inner))
         self.before = nn.Embedding(num_bytes * ALPHABET, inner)
-        self.outputs = nn.Linear(inner, NUM_OUTPUTS)
+        self.outputs = _silent(nn.Linear(inner, NUM_OUTPUTS))
 
     def forward(self, hidden: Tensor, observed: Tensor) -> Tensor:
         """Return logits ``[N, J, NUM_OUTPUTS]`` from hidden states ``[N, H]``.
@@ -61,6 +62,12 @@ class AutoregressiveHeads(nn.Module):
         state = self.state(hidden.to(self.state.weight.dtype))[:, None]
         found: Tensor = self.outputs(nn.functional.silu(state + self.place + past))
         return found
+
+
+def _silent(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def byte_heads(form: HeadForm, width: int, num_bytes: int, inner: int) -> nn.Module:

@@ -34,14 +34,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_given_world(tmp_path_factory.mktemp("bld"))
 
 
+def speak(head: torch.nn.Module | None) -> None:
+    """Give heads some weights: they begin at zero."""
+    for number, parameter in enumerate(head.parameters() if head is not None else ()):
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator(number))
+
+
 class Made:
     """A method with what it is made of, and a batch."""
 
     def __init__(self, world: Path, cls: Any = BLD, size: int = 4, **options: Any) -> None:
         self.pair: CausalPair = make_causal_pair(world)
-        settings = options.pop("roles", None)
+        settings, silent = options.pop("roles", None), options.pop("silent", False)
         self.roles: Roles = make_given_roles(self.pair, settings)
         self.method: Any = make_given_method(cls, self.pair, self.roles, **options)
+        if not silent:
+            speak(self.roles["student"].head)
         self.batch: Batch = given_batch(self.pair, size)
 
     def gradients(self, *batches: Batch) -> dict[str, Tensor]:
@@ -115,6 +123,19 @@ def test_without_bytes_it_is_sft_and_the_heads_rest(world: Path) -> None:
     assert all(not gradient.any() for gradient in found.values())
     values = [only_loss(m.method, m.batch).value for m in (made, plain)]
     torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("head", ["parallel", "autoregressive"])
+def test_heads_begin_silent_and_give_the_network_nothing_but_what_sft_does(
+    head: str, world: Path
+) -> None:
+    made, plain = Made(world, head=head, silent=True), Made(world, SFT, roles={"student": {}})
+    found, expected = (m.gradients(m.batch) for m in (made, plain))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found.pop(name), gradient)
+    assert any(gradient.any() for gradient in found.values())
+    metrics = only_loss(made.method, made.batch).metrics
+    assert float(metrics["byte_cross_entropy"]) == pytest.approx(math.log(NUM_OUTPUTS), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["parallel", "autoregressive"])
@@ -201,6 +222,7 @@ def test_parallel_heads_mix_over_prefixes_and_autoregressive_ones_do_not() -> No
 def test_an_autoregressive_head_sees_the_bytes_before_its_own_and_no_later() -> None:
     torch.manual_seed(0)
     head, hidden = AutoregressiveHeads(4, 3, 8), torch.randn(1, 4)
+    speak(head)
     observed = torch.tensor([[5, 6, 7]])
     base = head(hidden, observed)
     for place in range(3):
