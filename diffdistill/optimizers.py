@@ -1,6 +1,5 @@
 """The optimizers a config can name."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,26 +9,25 @@ from torch.optim import Optimizer
 
 from diffdistill.config import TrainSettings
 from diffdistill.errors import MissingExtra
+from diffdistill.roles import Role
 
 
-def make_optimizer(
-    settings: TrainSettings, parameters: Mapping[str, nn.Parameter], lr: float
-) -> Optimizer:
-    """Return the optimizer of one role.
+def make_optimizer(settings: TrainSettings, role: Role) -> Optimizer:
+    """Return the optimizer of one role; each group holds its learning rate as ``initial_lr`` too.
 
     Raises:
         MissingExtra: If an 8-bit optimizer is asked for and bitsandbytes is not installed.
     """
+    groups = parameter_groups(settings, role)
     options: dict[str, Any] = {
-        "lr": lr,
         "betas": tuple(settings.betas),
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "adamw":
         # the fused kernel takes shards or whole tensors, not both (a head beside a sharded network)
-        kinds = {isinstance(parameter, DTensor) for parameter in parameters.values()}
-        return torch.optim.AdamW(list(parameters.values()), fused=len(kinds) == 1, **options)
+        kinds = {isinstance(parameter, DTensor) for parameter in role.parameters().values()}
+        return torch.optim.AdamW(groups, fused=len(kinds) == 1, **options)
     try:
         import bitsandbytes
     except ImportError:
@@ -38,4 +36,19 @@ def make_optimizer(
         ) from None
     paged = settings.optimizer == "paged-adamw8bit"
     cls = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return cls(list(parameters.values()), **options)
+    return cls(groups, **options)
+
+
+def parameter_groups(settings: TrainSettings, role: Role) -> list[dict[str, Any]]:
+    """Return what a role trains, by learning rate: its head may have one of its own."""
+    lr = settings.lr if role.settings.lr is None else role.settings.lr
+    parameters = list(role.parameters().values())
+    if role.settings.head_lr is None or role.head is None:
+        return [_group(parameters, lr)]
+    head = list(role.head.parameters())
+    rest = [p for p in parameters if not any(p is own for own in head)]
+    return [_group(rest, lr), _group(head, role.settings.head_lr)]
+
+
+def _group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": lr, "initial_lr": lr}

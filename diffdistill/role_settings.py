@@ -31,6 +31,8 @@ class RoleSettings:
         start: Updates of that role during which the ``ema`` is a copy of it.
         lr: Learning rate, where it differs from ``train.lr``.
         head: Add a classifier head on the features, for adversarial terms.
+        head_lr: Learning rate of the role's head, this one or those of a method, where it differs
+            from that of the rest (ours).
         family: Of a text model: the family (name, path and options) that a teacher of another
             kind than the student is of, with its own tokenizer. None is the run's ``family``.
     """
@@ -49,6 +51,7 @@ class RoleSettings:
     start: int = 0
     lr: float | None = None
     head: bool = False
+    head_lr: float | None = None
     family: dict[str, Any] | None = None
 
 
@@ -57,14 +60,14 @@ LORA_OPTIONS = ("rank", "alpha", "dropout", "targets", "dora")
 
 OF_WEIGHTS = {
     "path": ("trained", "frozen"),
-    **dict.fromkeys(("adapter", "shadow", "lr", "head", *LORA_OPTIONS), ("trained",)),
+    **dict.fromkeys(("adapter", "shadow", "lr", "head", "head_lr", *LORA_OPTIONS), ("trained",)),
     "of": ("ema", "live"),
     "decay": ("ema",),
     "start": ("ema",),
 }
 """The weights for which an option has a say."""
 
-OF_FORM = ("path", "adapter", "rank", "alpha", "targets", "dropout", "dora", "shadow", "head", "lr")
+OF_FORM = ("path", "adapter", *LORA_OPTIONS, "shadow", "head", "head_lr", "lr")
 """What a mean has from the roles that it is of."""
 
 
@@ -110,6 +113,8 @@ def check_roles(settings: Mapping[str, RoleSettings]) -> None:
             ("dropout", 0 <= chosen.dropout < 1, "in [0, 1)"),
             ("decay", 0 <= chosen.decay <= 1, "in [0, 1]"),
             ("start", chosen.start >= 0, "at least 0"),
+            ("lr", chosen.lr is None or chosen.lr >= 0, "at least 0"),
+            ("head_lr", chosen.head_lr is None or chosen.head_lr >= 0, "at least 0"),
         ):
             if not fine:
                 given = getattr(chosen, option)

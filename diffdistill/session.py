@@ -26,6 +26,7 @@ from diffdistill.session_checks import (
     check_compilable,
     check_engine,
     check_frozen,
+    check_heads,
     check_kind,
     check_quantized,
     check_shadows,
@@ -131,6 +132,7 @@ def build(config: RunConfig, device: torch.device | None = None) -> Session:
         read.context_lengths = {name: context_length(net) for name, net in networks.items()}
     method = _wire(config, read, roles, draws)
     add_heads(method, roles, config.train.seed)
+    check_heads(roles)
     if isinstance(read, CausalPair) and type(method).annotate is not Method.annotate:
         check_frozen(config)
         read.annotator = method

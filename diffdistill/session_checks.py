@@ -58,6 +58,15 @@ def check_compilable(config: RunConfig, family: ModelFamily, roles: Roles) -> No
         )
 
 
+def check_heads(roles: Roles) -> None:
+    """Refuse a learning rate of a head that is not there."""
+    for name, role in roles.by_name.items():
+        if role.settings.head_lr is not None and role.head is None:
+            raise UserError(
+                f"roles.{name}.head_lr is for a role with a head, and {name} has none: leave it out"
+            )
+
+
 def check_served(config: RunConfig, role: RoleSettings, server: Server) -> None:
     """Refuse a server as the teacher of a method that asks for more than its most likely tokens."""
     method, name = config.method, config.method["name"]

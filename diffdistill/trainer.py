@@ -92,10 +92,8 @@ class Trainer:
         self._check_shards()
         self.optimizers: dict[str, Optimizer] = {}
         for role in session.roles.trained():
-            lr = self.settings.lr if role.settings.lr is None else role.settings.lr
-            self.optimizers[role.name] = make_optimizer(self.settings, role.parameters(), lr)
+            self.optimizers[role.name] = make_optimizer(self.settings, role)
         self.renewals = self._renewals()
-        self.base_lr = {n: o.param_groups[0]["lr"] for n, o in self.optimizers.items()}
 
     def train_step(self) -> dict[str, float]:
         """Train on one optimizer step's micro-batches and return its metrics.
@@ -241,9 +239,10 @@ class Trainer:
         factor = learning_rate_factor(
             progress.step, progress.total, kind=self.settings.schedule, warmup=self.settings.warmup
         )
-        lr = self.base_lr[name] * factor
-        for group in self.optimizers[name].param_groups:
-            group["lr"] = lr
+        groups = self.optimizers[name].param_groups
+        for group in groups:
+            group["lr"] = group["initial_lr"] * factor
+        lr: float = groups[0]["lr"]
         return lr
 
     def _count_bad(self, finite: bool, metrics: dict[str, float]) -> None:

@@ -163,6 +163,46 @@ def test_the_learning_rate_of_a_role_overrides_the_common_one(tmp_path: Path) ->
     assert rates["lr/student"] == pytest.approx(0.01 * 0.75)
 
 
+def stepped(folder: Path, **critic: Any) -> tuple[dict[str, torch.Tensor], Trainer]:
+    """Return how far each parameter of a critic with a head went in a step, and its trainer."""
+    values = toy_values(folder, schedule="linear", steps=4, clip=None)
+    values["method"] = {
+        "name": "dmd",
+        "num_steps": 2,
+        "student_every": 9,
+        "gan_weight": 0.1,
+    }
+    values["roles"] = {"critic": {"head": True, "lr": 0.5, **critic}}
+    trainer = trainer_of(parse_config(values))
+    before = weights(trainer, "critic")
+    trainer.train_step()
+    return {n: v - before[n] for n, v in weights(trainer, "critic").items()}, trainer
+
+
+def test_a_head_learns_at_a_rate_of_its_own(tmp_path: Path) -> None:
+    one, _ = stepped(tmp_path)
+    same, _ = stepped(tmp_path, head_lr=0.5)
+    slow, trainer = stepped(tmp_path, head_lr=0.05)
+    assert any(name.startswith("head.") for name in one)
+    for name, moved in one.items():
+        torch.testing.assert_close(same[name], moved, rtol=0, atol=0)
+        share = 0.1 if name.startswith("head.") else 1.0
+        torch.testing.assert_close(slow[name], share * moved, rtol=1e-4, atol=1e-6)
+    trainer.train_step()  # both follow the schedule
+    rates = [group["lr"] for group in trainer.optimizers["critic"].param_groups]
+    assert rates == pytest.approx([0.5 * 0.75, 0.05 * 0.75])
+
+
+def test_a_rate_of_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    values = toy_values(tmp_path)
+    values["roles"]["student"] = {"head_lr": 0.1}
+    with pytest.raises(UserError, match=r"student.head_lr is for a role with a head"):
+        trainer_of(parse_config(values))
+    values["roles"]["student"] = {"lr": -0.1}
+    with pytest.raises(UserError, match=r"student.lr must be at least 0, not -0.1"):
+        trainer_of(parse_config(values))
+
+
 def test_a_role_without_a_loss_is_not_stepped(tmp_path: Path) -> None:
     values = toy_values(tmp_path)
     values["method"] = {"name": "dmd", "num_steps": 2, "student_every": 2}

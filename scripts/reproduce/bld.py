@@ -75,6 +75,8 @@ ARMS = {
     "BLD, teacher's bytes alone": Arm(BLD, ["method.kl_weight=1", "method.byte_weight=0"]),
     "BLD, autoregressive head": Arm(BLD, ["method.head=autoregressive"]),
     "BLD, canonical path": Arm(BLD, ["method.path=canonical"]),
+    "BLD, first bytes alone": Arm(BLD, ["method.num_bytes=1"]),
+    "BLD, heads as slow as the rest": Arm(BLD, ["roles.student.head_lr=null"]),
 }
 SHOWN = {
     "answers": "answers, bits per byte",
