@@ -2,8 +2,8 @@
 
 Tunes the bundled `arithmetic-student` on given solutions that end with JSON, whose format it breaks
 in 40 % of its answers: with a shadow of peft's form and of the paper's (arXiv:2604.19254), with
-LoRA and with DoRA, at two budgets of parameters, each equal within 7 %, and at two learning rates
-each, as the best one differs. All of the weights, trained, are beside them. Shadows are also
+LoRA and with DoRA, at two budgets of parameters, each equal within 7 %, and at three learning
+rates each, as the best one differs. All of the weights, trained, are beside them. Shadows are also
 measured alone, without the base.
 
     python scripts/reproduce/shadow.py
@@ -29,7 +29,7 @@ TASK = [
     "roles={}",
     "data.path=bundled:arithmetic-json-train.jsonl",
 ]
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 SIZES = {
     "small": "intermediate_size: 32, num_layers: 1",
     "large": "intermediate_size: 96, num_layers: 2",
