@@ -1,6 +1,7 @@
 """Caches of keys and values of transformers: their argument's name, and two that go together."""
 
 import inspect
+import weakref
 from typing import Any
 
 from torch import nn
@@ -26,13 +27,16 @@ def follower(cache: Any, config: Any) -> Any:
     if kept is None:
         kept = cache.__dict__["_diffdistill_shadow"] = DynamicCache(config=config)
         for name in FOLLOWED:
-            setattr(cache, name, _both(getattr(cache, name), getattr(kept, name)))
+            setattr(cache, name, _both(name, cache, kept))
     return kept
 
 
-def _both(first: Any, second: Any) -> Any:
+def _both(name: str, cache: Any, kept: Any) -> Any:
+    """Return the method of that name of both; held weakly, so that caches are freed at once."""
+    method, own = getattr(type(cache), name), weakref.ref(cache)
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        second(*args, **kwargs)
-        return first(*args, **kwargs)
+        getattr(kept, name)(*args, **kwargs)
+        return method(own(), *args, **kwargs)
 
     return call

@@ -184,14 +184,14 @@ class Trainer:
         self._count_bad(finite, means | metrics)
         for name in roles:
             optimizer = self.optimizers[name]
-            lr = self._set_lr(name, progress)
+            rates = self._set_lr(name, progress)
             if finite:
                 optimizer.step()
                 self.updates[name] += 1
                 self.session.roles.average(name, self.updates[name])
                 self._renew(name)
             optimizer.zero_grad(set_to_none=True)
-            metrics[f"lr/{name}"] = lr
+            metrics |= {f"lr/{part}": lr for part, lr in rates.items()}
         if finite:
             self.session.method.observe(means)
         else:
@@ -235,15 +235,16 @@ class Trainer:
             if role.settings.of == updated and self.updates[updated] in times:
                 copy_parameters(self.session.roles[updated], role)
 
-    def _set_lr(self, name: str, progress: Progress) -> float:
+    def _set_lr(self, name: str, progress: Progress) -> dict[str, float]:
+        """Set the learning rates of a role, and return them: of its head apart, if of its own."""
         factor = learning_rate_factor(
             progress.step, progress.total, kind=self.settings.schedule, warmup=self.settings.warmup
         )
         groups = self.optimizers[name].param_groups
         for group in groups:
             group["lr"] = group["initial_lr"] * factor
-        lr: float = groups[0]["lr"]
-        return lr
+        rates = [group["lr"] for group in groups]
+        return dict(zip((name, f"{name}/head"), rates, strict=False))
 
     def _count_bad(self, finite: bool, metrics: dict[str, float]) -> None:
         self.bad_steps = 0 if finite else self.bad_steps + 1

@@ -60,7 +60,7 @@ def test_a_run_on_chats_and_texts_learns_them(method: str, world: Path, tmp_path
     assert sum(found[-4:]) < sum(found[:4])
 
 
-@pytest.mark.parametrize("roles", [{}, {"student": LORA}])
+@pytest.mark.parametrize("roles", [{}, {"student": LORA}, {"student": {"head_lr": 0.1}}])
 def test_a_run_that_was_stopped_goes_on_with_its_heads_to_the_same_weights(
     roles: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,8 @@ def test_weights_that_changed_after_their_record_are_told(world: Path, tmp_path:
     file.write_bytes(bytes(content))
     record = made(world, family={"path": str(changed)})
     assert record["student"]["as_recorded"] is False
+    unknown = {o["id"] for o in record["obligations"] if o["kind"] == "unknown"}
+    assert "unknown/changed" in unknown  # they may be anybody's
     (tmp_path / "provenance.json").write_text(dumped(record))
     assert "its weights have changed since" in provenance(tmp_path)
 

@@ -1,7 +1,9 @@
 """Shadows: what they compute, that they leave the base alone, and what they are alone."""
 
+import gc
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from peft import PeftModel, ShadowConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from diffdistill.caches import follower
 from diffdistill.checkpoints import restore
 from diffdistill.commands.export import export
 from diffdistill.commands.sample_answers import sample_answers
@@ -150,8 +153,8 @@ def test_parameters_are_those_of_the_five_published_budgets(layers: int, publish
     block = attention + 3 * width * wide + 2 * width
     formula = (blocks - 1) * (2 * rank + 4 * update) * width + 2 * width + layers * block + width
     assert formula == published
-    if layers > 5:
-        return  # building one network is enough
+    if layers > 10:
+        return  # two networks tell a line
     config = Qwen3Config(
         hidden_size=width,
         num_hidden_layers=blocks,
@@ -366,6 +369,26 @@ def test_a_shadow_can_be_asked_with_and_without_its_base(world: Path) -> None:
 
 
 # caches
+
+
+def test_caches_that_go_together_are_freed_at_once() -> None:
+    """Without waiting for Python's collector: they are the largest thing in sampling."""
+    config = Qwen3Config(num_hidden_layers=1)
+    cache = DynamicCache()
+    kept = weakref.ref(follower(cache, config))
+    states = torch.zeros(1, 1, 3, 2)
+    for own in (cache, kept()):
+        own.update(states, states, 0)
+    assert follower(cache, config) is kept()
+    cache.crop(-1)
+    assert [own.get_seq_length() for own in (cache, kept())] == [2, 2]
+    own, cache = weakref.ref(cache), None  # type: ignore[assignment]
+    gc.disable()
+    try:
+        assert own() is None
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -188,8 +188,8 @@ def test_a_head_learns_at_a_rate_of_its_own(tmp_path: Path) -> None:
         torch.testing.assert_close(same[name], moved, rtol=0, atol=0)
         share = 0.1 if name.startswith("head.") else 1.0
         torch.testing.assert_close(slow[name], share * moved, rtol=1e-4, atol=1e-6)
-    trainer.train_step()  # both follow the schedule
-    rates = [group["lr"] for group in trainer.optimizers["critic"].param_groups]
+    metrics = trainer.train_step()  # both follow the schedule
+    rates = [metrics[f"lr/{part}"] for part in ("critic", "critic/head")]
     assert rates == pytest.approx([0.5 * 0.75, 0.05 * 0.75])
 
 

@@ -208,7 +208,7 @@ def judged(
 def _asked(used: Used) -> Iterator[dict[str, Any]]:
     """Yield what the terms of one model ask for, of weights or of outputs as it was used."""
     model, hops, names = used.model, used.hops, terms_of(used.model)
-    if not names and "upstream" in model:
+    if not names and "upstream" in model and model.get("as_recorded", True):
         return  # made by this toolkit: what it is bound to is what its past is bound to
     if not names:
         text = (
