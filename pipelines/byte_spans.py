@@ -155,8 +155,8 @@ class Speller:
             reason = f"; its normalizer ({type(normalizer).__name__}) rewrites the text"
         if character == 0 and spelled.startswith(" ") and not rest.startswith(" "):
             reason = (
-                "; it puts a space in front: take a copy of the checkpoint whose tokenizer.json does "
-                'not (add_prefix_space=False; of Metaspace prepend_scheme="never")'
+                "; it puts a space in front: take a copy of the checkpoint whose tokenizer.json "
+                'does not (add_prefix_space=False; of Metaspace prepend_scheme="never")'
             )
         return UserError(
             f"the tokenizer does not keep the text: from character {character} on it spells "
