@@ -22,7 +22,16 @@ FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce"
 NAMES = ("tip", "many_faces", "opsd", "atesd", "sdar", "cliff", "egx", "tessy")
 OWN_RATE = ("opsd", "GRPO")
 """The arm with a learning rate of its own, as its page says; it is there at the others' too."""
-OWN = ("collecting", "arithmetic_runs", "bld", "tide", "copd", "sparse_to_dense", *NAMES)
+OWN = (
+    "collecting",
+    "arithmetic_runs",
+    "bld",
+    "tide",
+    "copd",
+    "sparse_to_dense",
+    "few_steps",
+    *NAMES,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,7 @@ def test_all_arms_of_bld_learn_from_the_same_texts_at_one_learning_rate(
         cls(**parts, draws=Draws(0), **options)
     assert len({str(c.data) for c in configs}) == 1
     assert len({str(c.train) for c in configs}) == 1
-    assert len({str((c.method, c.data)) for c in configs}) == len(configs)
+    assert len({str((c.method, c.roles)) for c in configs}) == len(configs)
     assert {c.family["path"] for c in configs} == {"bundled:python-ar"}
 
 
@@ -213,9 +222,29 @@ def test_grpo_of_the_script_of_sdar_has_sdars_clips_and_beta_0_no_slope(
         key: value for key, value in ours.items() if key != "name"
     }
     for arm in sdar.ARMS:
-        if arm != "GRPO":
-            assert (options_of(sdar, arm)["gate_beta"] == 0) == ("beta 0" in arm)
-            assert (options_of(sdar, arm)["reward_weight"] == 0) == ("alone" in arm)
+        options = options_of(sdar, arm)
+        if options["name"] == "sdar":
+            assert (options["gate_beta"] == 0) == ("beta 0" in arm)
+            assert (options["reward_weight"] == 0) == ("alone" in arm)
+        if options["name"] == "rlsd":
+            assert {key: options[key] for key in ours if key != "name"} == {
+                key: value for key, value in ours.items() if key != "name"
+            }
+
+
+def test_all_arms_of_few_steps_go_on_from_one_student_on_one_set_of_texts(
+    scripts: dict[str, ModuleType],
+) -> None:
+    few = scripts["few_steps"]
+    configs = [load_config(arm.config, few.overrides_of(arm, 9)) for arm in few.ARMS.values()]
+    for config in configs:
+        options = dict(config.method)
+        cls = catalog.load("method", options.pop("name"))
+        cls(**dict.fromkeys(("family", "student", *cls.roles)), draws=Draws(0), **options)
+    for section in ("family", "data", "train"):
+        assert len({str(getattr(config, section)) for config in configs}) == 1
+    assert len({str(config.method) for config in configs}) == len(configs)
+    assert configs[1].method["round_updates"] == 3
 
 
 def test_arms_of_the_cliff_have_the_strength_of_their_name(scripts: dict[str, ModuleType]) -> None:

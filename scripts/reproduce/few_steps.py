@@ -59,7 +59,6 @@ from diffdistill.types import Example
 ROOT = Path(__file__).parents[2]
 CONFIG, JUDGE = "bd3lm/python", "bld/python"
 ROUNDS = 3
-DATA = "data.max_examples=2048"
 BUDGETS = (16, 4, 2)
 """Sampling steps for a block of 16 tokens."""
 ARMS = {
@@ -153,13 +152,20 @@ def entropy(text: str) -> float:
     return -sum(n / total * math.log2(n / total) for n in counts.values())
 
 
+def overrides_of(arm: Arm, steps: int) -> list[str]:
+    """Return how an arm is run here; rounds are equally long."""
+    quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
+    here = [*arm.overrides, *quiet, f"train.steps={steps}", "data.max_examples=2048"]
+    options = load_config(arm.config, arm.overrides).method
+    if options["name"] == "sdtt" and options["round_updates"] is not None:
+        here.append(f"method.round_updates={steps // ROUNDS}")
+    return here
+
+
 def run(arm: Arm, steps: int, held_out: int, seed: int) -> dict[str, float]:
     """Train one student and return its measurements."""
     torch.set_num_threads(1)
-    quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
-    here = [*arm.overrides, *quiet, f"train.seed={seed}", f"train.steps={steps}", DATA]
-    if "sdtt" in "".join(arm.overrides) and "round_updates" not in "".join(arm.overrides):
-        here.append(f"method.round_updates={steps // ROUNDS}")
+    here = [*overrides_of(arm, steps), f"train.seed={seed}"]
     with tempfile.TemporaryDirectory() as folder:
         train(load_config(arm.config, here), Path(folder))
         return World(held_out).measure(restore(Path(folder)).roles["student"])
