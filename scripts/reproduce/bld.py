@@ -29,6 +29,7 @@ from collecting import (
     differences,
     header,
     open_results,
+    quiet,
     row,
     save_results,
     values,
@@ -172,9 +173,8 @@ def _apart(found: Tensor, exact: Tensor, observed: Tensor) -> dict[str, float]:
 
 def overrides_of(arm: Arm, steps: int, data: int, cache: Path) -> list[str]:
     """Return how an arm is run here."""
-    quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
-    here = [f"data.max_examples={data}", f"data.cache={cache}", f"train.steps={steps}"]
-    return [*arm.overrides, *quiet, *here]
+    here = [f"data.max_examples={data}", f"data.cache={cache}"]
+    return [*arm.overrides, *quiet(steps), *here]
 
 
 def run(arm: Arm, steps: int, data: int, held_out: int, cache: Path, seed: int) -> dict[str, float]:

@@ -68,6 +68,12 @@ def collect(
             save_results(path, results)
 
 
+def quiet(steps: int) -> list[str]:
+    """Return overrides of a run of so many steps that nobody watches: it is saved at its end."""
+    off = ["sample.every=null", "tracking.tensorboard=false"]
+    return [*off, f"train.save_every={steps}", f"train.steps={steps}"]
+
+
 def values(results: Mapping[str, Any], arm: str, key: str) -> list[float]:
     """Return one number of an arm for each seed."""
     return [found[key] for found in results[arm].values()]

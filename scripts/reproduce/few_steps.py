@@ -32,6 +32,7 @@ from collecting import (
     differences,
     header,
     open_results,
+    quiet,
     row,
     save_results,
     values,
@@ -154,8 +155,7 @@ def entropy(text: str) -> float:
 
 def overrides_of(arm: Arm, steps: int) -> list[str]:
     """Return how an arm is run here; rounds are equally long."""
-    quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
-    here = [*arm.overrides, *quiet, f"train.steps={steps}", "data.max_examples=2048"]
+    here = [*arm.overrides, *quiet(steps), "data.max_examples=2048"]
     options = load_config(arm.config, arm.overrides).method
     if options["name"] == "sdtt" and options["round_updates"] is not None:
         here.append(f"method.round_updates={steps // ROUNDS}")

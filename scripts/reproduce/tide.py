@@ -29,6 +29,7 @@ from collecting import (
     differences,
     header,
     open_results,
+    quiet,
     row,
     save_results,
     values,
@@ -167,8 +168,7 @@ class World:
 def run(arm: Arm, steps: int, seed: int) -> dict[str, float]:
     """Train one student and return its measurements."""
     torch.set_num_threads(1)
-    quiet = ["sample.every=null", "tracking.tensorboard=false", f"train.save_every={steps}"]
-    here = [*arm.overrides, *quiet, f"train.seed={seed}", f"train.steps={steps}"]
+    here = [*arm.overrides, *quiet(steps), f"train.seed={seed}"]
     with tempfile.TemporaryDirectory() as folder:
         train(load_config(arm.config, here), Path(folder))
         student = restore(Path(folder)).roles["student"]
